@@ -1,0 +1,708 @@
+"""One language model, three kinds of layer: Llama attention and two Mamba mixers that can take its place.
+
+    lm = LM(Config(vocab_size=512, mixers=["attention", "mamba2", "mamba2", "mamba2"]))
+    logits = lm(tokens)                               # (B, L) int64 -> (B, L, V)
+    state = lm.init_state(batch=2, max_length=100)    # KV caches and SSM states, each row at its own length
+    logits = lm(tokens, state)                        # the tokens continue each row; the state moves on
+    student = student_from(lm, ["mamba2"] * 4)        # attention weights moved into Mamba mixers
+    student.save_pretrained("out/student");  LM.from_pretrained("out/student")
+
+Contents: Config, RMSNorm, RoPE, Attention, Mamba, Mamba2, MLP, Block, State, LM, save and load, student_from.
+
+Glossary, for every file of the repository. Sizes in shape comments, tensors in code:
+
+    size  in code            meaning                        tensor  meaning
+    B     batch              sequences in a batch           x       input of a mixer or of a scan
+    L     length             tokens in a sequence           dt      step size of the SSM (Delta in the papers)
+    D     d_inner            inner channels of a mixer      A       decay rates, A = -exp(A_log) < 0
+    N     d_state            state size per channel         B, C    input and output matrices (k and q of attention)
+    H, P  n_heads, head_dim  heads, channels of one head    D       skip connection, y += D x
+    K     n_kv_heads         heads of keys and values       z       gate, y *= SiLU(z)
+    G     groups             groups that share B and C      h       state of the SSM
+    V, T  vocab_size, ...    vocabulary, cache capacity     y       output
+
+The tensors B and D clash with the sizes B and D, as they do in the papers: "B: (B, L, G, N)" is the input matrix B.
+Weights are (out, in) and carry their upstream names: Hugging Face's for Llama, those of the released MambaInLlama
+checkpoints for "mamba", Llamba's for "mamba2".
+"""
+import dataclasses
+import json
+import math
+import os
+import platform
+import zlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+import kernels
+
+MIXERS = ("attention", "mamba", "mamba2")
+# Parameters that stay float32 in a bf16 model: they are exponentiated or accumulated over the whole sequence.
+FLOAT32_PARAMETERS = ("A_log", "A_log_bias", "D", "dt_proj.bias")
+
+
+# ------------------------------------------------------------------------------------------------ configuration
+@dataclass
+class Config:
+    """Shape of a model. The defaults are the tiny teacher of the built-in experiment.
+
+    `None` means derived: n_kv_heads = n_heads, head_dim = d_model / n_heads, mixers = all attention,
+    d_state = 16 for "mamba" and head_dim for "mamba2", dt_rank = ceil(d_model / 16).
+    In both Mamba mixers n_heads x head_dim is the inner width.
+    """
+    vocab_size: int = 512
+    d_model: int = 64
+    n_layers: int = 4
+    n_heads: int = 4
+    n_kv_heads: int | None = None
+    head_dim: int | None = None
+    d_ff: int = 192
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # Llama 3's; see rope_frequencies
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+    max_length: int = 2048  # longest sequence the model was made for; nothing is allocated by it
+    mixers: list | None = None  # one of MIXERS per layer
+    d_state: int | None = None
+    d_conv: int = 4
+    dt_rank: int | None = None
+    eos_ids: list = dataclasses.field(default_factory=list)
+
+    def __post_init__(self):
+        self.n_kv_heads = self.n_kv_heads or self.n_heads
+        self.head_dim = self.head_dim or self.d_model // self.n_heads
+        self.mixers = list(self.mixers or ["attention"] * self.n_layers)
+        self.dt_rank = self.dt_rank or math.ceil(self.d_model / 16)
+        self.eos_ids = list(self.eos_ids)
+        if len(self.mixers) != self.n_layers:
+            raise ValueError(f"mixers has {len(self.mixers)} entries for n_layers = {self.n_layers}: give one per layer")
+        for mixer in self.mixers:
+            if mixer not in MIXERS:
+                raise ValueError(f"unknown mixer {mixer!r}: choose from {', '.join(MIXERS)}")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads = {self.n_heads} is not a multiple of n_kv_heads = {self.n_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim = {self.head_dim} is odd: RoPE rotates pairs of channels")
+        if "mamba" in self.mixers and (self.n_kv_heads * self.head_dim) % self.state_size("mamba"):
+            raise ValueError(f"d_state = {self.state_size('mamba')} does not divide n_kv_heads x head_dim = "
+                             f"{self.n_kv_heads * self.head_dim}: the mamba mixer groups channels by d_state")
+        rope_frequencies(self)  # refuses an unknown kind of RoPE now rather than at the first token
+
+    def state_size(self, mixer):
+        """N of a mixer: MambaInLlama has 16; discrete Mamba-2 has head_dim, so that q and k fit C and B exactly."""
+        return self.d_state or (16 if mixer == "mamba" else self.head_dim)
+
+
+# ------------------------------------------------------------------------------------------------ Llama parts
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight (Zhang & Sennrich 2019), normalised in float32, scaled in the input's dtype as in HF Llama."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):  # (B, L, d_model)
+        u = x.float()
+        u = u * torch.rsqrt(u.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * u.to(x.dtype)
+
+
+def rope_frequencies(config):
+    """Angle per position for each channel pair, (head_dim / 2,) float32 (Su et al. 2021).
+
+    Llama 3.1/3.2 stretch the context by slowing the low frequencies by `factor`, keeping the high ones and blending
+    in between. Raises ValueError for any other kind of scaling.
+    """
+    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = config.rope_theta ** -half
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    kind = scaling.get("rope_type", scaling.get("type", "llama3"))
+    if kind == "default":
+        return frequencies
+    if kind != "llama3":
+        raise ValueError(f"unsupported RoPE type {kind!r}: only 'default' and 'llama3' are implemented")
+    factor, low, high = (scaling[key] for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # within the original context
+    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: divide by factor, 1: keep
+    return (1 - keep) * frequencies / factor + keep * frequencies
+
+
+def apply_rope(x, cos, sin):
+    """Rotate channel pairs (i, i + head_dim/2), HF's half-split layout. x (B, H, L, h), cos and sin (B, 1, L, h/2)."""
+    first, second = x.chunk(2, dim=-1)  # (B, H, L, h/2) each
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with RoPE, as in Llama (Touvron et al. 2023; Ainslie et al. 2023)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        self.q_proj = nn.Linear(config.d_model, self.n_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.d_model, self.n_kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.d_model, self.n_kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.n_heads * self.head_dim, config.d_model, bias=False)
+
+    def init_cache(self, batch, max_length, device, dtype):
+        shape = (batch, self.n_kv_heads, max_length, self.head_dim)  # keys, values: (B, K, T, h)
+        return dict(keys=torch.zeros(shape, device=device, dtype=dtype), values=torch.zeros(shape, device=device, dtype=dtype))
+
+    def project(self, x, rope):
+        """q (B, H, L, h), k and v (B, K, L, h), rotated."""
+        def heads(u):
+            return u.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, L, h)
+        return apply_rope(heads(self.q_proj(x)), *rope), apply_rope(heads(self.k_proj(x)), *rope), heads(self.v_proj(x))
+
+    def forward(self, x, rope, cache=None, reads=None):  # x (B, L, d_model)
+        q, k, v = self.project(x, rope)
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.n_heads != self.n_kv_heads)
+        else:
+            y = self.attend_cache(q, k, v, cache, reads)
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, L, d_model)
+
+    def attend_cache(self, q, k, v, cache, reads):
+        """Write k and v behind each row's past, then attend to the used columns only, one group of rows at a time.
+
+        The G = H / K query heads that share a kv head are laid out as G rows of queries of that head, so the cache is
+        read in place: no repeated heads, no copies.
+        """
+        batch, _, length, _ = q.shape
+        keys, values = cache["keys"], cache["values"]
+        rows = torch.arange(batch, device=q.device)[:, None]  # (B, 1)
+        keys[rows, :, reads.columns] = k.transpose(1, 2)  # columns (B, L): where each new token goes
+        values[rows, :, reads.columns] = v.transpose(1, 2)
+        q = q.unflatten(1, (self.n_kv_heads, -1)).flatten(2, 3)  # (B, K, G * L, h)
+        group = self.n_heads // self.n_kv_heads
+        y = torch.cat([F.scaled_dot_product_attention(
+            q[rows], keys[rows, :, :longest], values[rows, :, :longest],
+            attn_mask=mask if group == 1 else mask.repeat(1, 1, group, 1),
+        ) for rows, longest, mask in reads.groups])  # (B, K, G * L, h)
+        return y.view(batch, self.n_heads, length, self.head_dim)
+
+    def matrix(self, x, rope):
+        """The attention matrix softmax(q k^T / sqrt(h)), (B, H, L, L) float32: the target of MOHAWK's first stage."""
+        q, k, _ = self.project(x, rope)
+        k = k.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1)
+        scores = (q.float() @ k.float().transpose(2, 3)) * self.head_dim ** -0.5  # (B, H, L, L)
+        causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).tril()
+        return scores.masked_fill(~causal, float("-inf")).softmax(-1)
+
+
+class CacheReads:
+    """What one forward pass needs to know about the KV caches: where to write, which columns to read, under what mask.
+
+    Rows of very different lengths share a batch. Reading all rows up to the longest would waste most of the memory
+    traffic that decoding is made of, so rows are read in groups of `ROWS`, each up to its own longest row (the sampler
+    keeps rows of similar length together). Computed once and shared by all layers.
+    """
+    ROWS = 32
+
+    def __init__(self, lengths, length, dtype):  # lengths (B,): tokens already in each row
+        self.columns = lengths[:, None] + torch.arange(length, device=lengths.device)  # (B, L)
+        self.groups = []
+        for start in range(0, len(lengths), self.ROWS):
+            rows = slice(start, start + self.ROWS)
+            longest = int(lengths[rows].max()) + length
+            hidden = torch.arange(longest, device=lengths.device) > self.columns[rows, None, :, None]
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=lengths.device).masked_fill_(hidden, float("-inf"))
+            self.groups.append((rows, longest, mask))  # mask (rows, 1, L, longest)
+
+
+def columns_read(lengths):
+    """Cache columns that one decoding step reads for rows of these lengths (B,), in groups of CacheReads.ROWS."""
+    return sum(int(rows.max()) * len(rows) for rows in lengths.split(CacheReads.ROWS))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(SiLU(gate x) * up x) (Shazeer 2020)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+# ------------------------------------------------------------------------------------------------ Mamba mixers
+class Mamba(nn.Module):
+    """The Mamba-1 mixer of MambaInLlama (Wang et al. 2024), whose x, B, C and out stand where v, k, q and o stood.
+
+        x = SiLU(conv(repeat(W_x u)))   B = repeat(W_B u)   C = W_C u   dt = softplus(W_dt W_down u + b)
+        h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t      y_t = C_t h_t + D x_t      out = W_o (y * SiLU(W_z u))
+
+    Channels form groups of d_state that share B and C; `repeat` copies whole groups of the K kv heads to H heads.
+    B and C have neither convolution nor activation nor RoPE. The dt bias is added once; released checkpoints were
+    trained with it added twice, which is for the loader to fold in.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        inner, inner_kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.d_inner, self.d_state, self.repeats = inner, config.state_size("mamba"), config.n_heads // config.n_kv_heads
+        self.in_proj_x = nn.Linear(config.d_model, inner_kv, bias=False)
+        self.B_proj = nn.Linear(config.d_model, inner_kv, bias=False)
+        self.C_proj = nn.Linear(config.d_model, inner, bias=False)
+        self.in_proj_z = nn.Linear(config.d_model, inner, bias=False)
+        self.dt_proj_down = nn.Linear(config.d_model, config.dt_rank, bias=False)
+        self.dt_proj = nn.Linear(config.dt_rank, inner, bias=True)
+        self.conv1d = nn.Conv1d(inner, inner, config.d_conv, groups=inner)
+        self.A_log = nn.Parameter(torch.arange(1.0, self.d_state + 1).log().repeat(inner, 1))  # (D, N): A = -1 .. -N
+        self.D = nn.Parameter(torch.ones(inner))
+        self.out_proj = nn.Linear(inner, config.d_model, bias=False)
+
+    def reset_parameters(self):
+        """dt starts log-uniform in [0.001, 0.1] (Gu & Dao 2023, section 3.6); the bias is its inverse softplus."""
+        nn.init.uniform_(self.dt_proj.weight, -self.dt_proj.in_features ** -0.5, self.dt_proj.in_features ** -0.5)
+        dt = torch.empty(self.d_inner).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+        self.dt_proj.bias.data.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+    def init_cache(self, batch, max_length, device, dtype):
+        window = torch.zeros(batch, self.d_inner, self.conv1d.kernel_size[0] - 1, device=device, dtype=dtype)
+        return dict(window=window, h=torch.zeros(batch, self.d_inner, self.d_state, device=device))  # (B, D, W-1), (B, D, N)
+
+    def repeat(self, u):
+        """(B, L, K h) -> (B, L, H h): groups of d_state channels, each repeated consecutively."""
+        return u.unflatten(-1, (-1, self.d_state)).repeat_interleave(self.repeats, dim=-2).flatten(-2)
+
+    def forward(self, u, rope, cache=None, reads=None):  # u (B, L, d_model); rope and reads are attention's
+        x, z = self.repeat(self.in_proj_x(u)), self.in_proj_z(u)  # (B, L, D)
+        B = self.repeat(self.B_proj(u)).unflatten(-1, (-1, self.d_state))  # (B, L, G, N)
+        C = self.C_proj(u).unflatten(-1, (-1, self.d_state))  # (B, L, G, N)
+        dt = F.linear(self.dt_proj_down(u), self.dt_proj.weight)  # (B, L, D), its bias is added in the scan
+        A = -torch.exp(self.A_log.float())  # (D, N)
+        dt_bias = self.dt_proj.bias.float()
+        weight, bias = self.conv1d.weight, self.conv1d.bias
+        if cache is not None and u.shape[1] == 1:
+            window, h = cache["window"], cache["h"]
+            x = F.silu(kernels.causal_conv_step(window, x[:, 0], weight, bias))  # (B, D)
+            y = kernels.selective_step(h, x, dt[:, 0], A, B[:, 0], C[:, 0], self.D, z[:, 0], dt_bias, True)[:, None]
+        else:
+            window, h = (None, None) if cache is None else (cache["window"], cache["h"])
+            x, new_window = kernels.causal_conv(x, weight, bias, window)
+            y, new_h = kernels.selective_scan(F.silu(x), dt, A, B, C, self.D, z, dt_bias, True, h)
+            if cache is not None:
+                window.copy_(new_window)
+                h.copy_(new_h)
+        return self.out_proj(y)  # (B, L, d_model)
+
+
+class Mamba2(nn.Module):
+    """The discrete Mamba-2 mixer of Llamba and phi-mamba (Bick et al. 2024, 2025): one scalar decay per head and token.
+
+        (x, B, C, z, a) = W_in u        (x, B, C) <- causal conv(x, B, C)        decay = sigmoid(-(a + a_bias))
+        h_t = decay_t h_{t-1} + x_t B_t^T      y_t = h_t C_t + D x_t      out = W_o (y * SiLU(z + z_bias))
+
+    log decay = -softplus(a). As a matrix over time, y = T x with T_ts = C_t . B_s prod_{s<r<=t} decay_r: causal linear
+    attention with forgetting, which is why q, k, v and o of attention fit C, B, x and out. a_bias (zero in Llamba
+    checkpoints, which lack it) lets the heads start at different memory lengths.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_heads, self.head_dim, self.d_state = config.n_heads, config.head_dim, config.state_size("mamba2")
+        inner = self.n_heads * self.head_dim
+        self.sizes = [inner, self.n_heads * self.d_state, self.n_heads * self.d_state, inner, self.n_heads]  # x B C z a
+        self.conv_channels = sum(self.sizes[:3])
+        self.in_proj = nn.Linear(config.d_model, sum(self.sizes), bias=False)
+        self.z_bias = nn.Parameter(torch.zeros(inner))
+        self.A_log_bias = nn.Parameter(torch.zeros(self.n_heads))
+        self.conv1d = nn.Conv1d(self.conv_channels, self.conv_channels, config.d_conv, groups=self.conv_channels)
+        self.D = nn.Parameter(torch.ones(self.n_heads))
+        self.out_proj = nn.Linear(inner, config.d_model, bias=False)
+
+    def reset_parameters(self):
+        """Nothing special from scratch; `student_from` overwrites what matters."""
+
+    def init_cache(self, batch, max_length, device, dtype):
+        window = torch.zeros(batch, self.conv_channels, self.conv1d.kernel_size[0] - 1, device=device, dtype=dtype)
+        return dict(window=window, h=torch.zeros(batch, self.n_heads, self.head_dim, self.d_state, device=device))
+
+    def split(self, xBC):
+        """(..., conv channels) -> x (..., H, P), B (..., H, N), C (..., H, N)."""
+        return (u.unflatten(-1, (self.n_heads, -1)) for u in xBC.split(self.sizes[:3], dim=-1))
+
+    def project(self, u):
+        """xBC before the convolution (B, L, conv channels), z (B, L, D), log decay (B, L, H) float32."""
+        xBC, z, a = self.in_proj(u).split([self.conv_channels, *self.sizes[3:]], dim=-1)
+        return xBC, z, -F.softplus(a.float() + self.A_log_bias.float())
+
+    def forward(self, u, rope, cache=None, reads=None):  # u (B, L, d_model); rope and reads are attention's
+        xBC, z, log_decay = self.project(u)
+        weight, bias = self.conv1d.weight, self.conv1d.bias
+        if cache is not None and u.shape[1] == 1:
+            window, h = cache["window"], cache["h"]
+            x, B, C = self.split(kernels.causal_conv_step(window, xBC[:, 0], weight, bias))  # (B, H, P | N | N)
+            y, x = kernels.ssd_step(h, x, log_decay[:, 0], B, C)[:, None], x[:, None]  # (B, 1, H, P)
+        else:
+            window, h = (None, None) if cache is None else (cache["window"], cache["h"])
+            xBC, new_window = kernels.causal_conv(xBC, weight, bias, window)
+            x, B, C = self.split(xBC)  # (B, L, H, P | N | N)
+            y, new_h = kernels.ssd(x, log_decay, B, C, h)  # (B, L, H, P)
+            if cache is not None:
+                window.copy_(new_window)
+                h.copy_(new_h)
+        y = (y + self.D[:, None].to(y.dtype) * x).flatten(2)  # (B, L, D)
+        return self.out_proj(y * F.silu(z + self.z_bias))  # (B, L, d_model)
+
+    def matrix(self, u, rope):
+        """T with D on its diagonal, (B, H, L, L) float32: what MOHAWK's first stage compares with attention."""
+        xBC, _, log_decay = self.project(u)
+        xBC, _ = kernels.causal_conv(xBC, self.conv1d.weight, self.conv1d.bias)
+        _, B, C = self.split(xBC)
+        skip = torch.diag_embed(self.D.float()[:, None].expand(-1, u.shape[1]))  # (H, L, L)
+        return kernels.mixing_matrix(log_decay, B.float(), C.float()) + skip
+
+
+# ------------------------------------------------------------------------------------------------ the model
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + MLP(norm(x)); the mixer is the only thing that distillation replaces."""
+
+    def __init__(self, config, mixer):
+        super().__init__()
+        self.mixer = {"attention": "self_attn", "mamba": "mamba", "mamba2": "mamba2"}[mixer]  # name in checkpoints
+        self.input_layernorm = RMSNorm(config.d_model, config.norm_eps)
+        self.add_module(self.mixer, {"attention": Attention, "mamba": Mamba, "mamba2": Mamba2}[mixer](config))
+        self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def mix(self):
+        """The mixer module, whatever its kind."""
+        return getattr(self, self.mixer)
+
+    def forward(self, x, rope, cache=None, reads=None):  # (B, L, d_model)
+        x = x + self.mix()(self.input_layernorm(x), rope, cache, reads)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class State:
+    """Where every row of a batch stands: its length, and each layer's cache. All tensors have the rows in front.
+
+    An attention layer has keys and values (B, K, T, h); a Mamba layer has the convolution's window and the state h.
+    """
+
+    def __init__(self, lengths, layers):
+        self.lengths, self.layers = lengths, layers  # (B,) int64, list of dicts of tensors
+
+    def put(self, row, source):
+        """Make a row a copy of the only row of `source`, whose KV caches may be shorter (a prompt's exact length)."""
+        self.lengths[row] = source.lengths[0]
+        for mine, theirs in zip(self.layers, source.layers):
+            for name, tensor in theirs.items():
+                mine[name][row][tuple(slice(size) for size in tensor.shape[1:])] = tensor[0]
+
+    def select(self, rows):
+        """Keep these rows, in this order, in place: sorts or shrinks a batch. Unused cache columns stay where they are."""
+        used = int(self.lengths.max())
+        self.lengths = self.lengths[rows]
+        for layer in self.layers:
+            for name, tensor in layer.items():
+                columns = (slice(None), slice(used)) if name in ("keys", "values") else ()
+                tensor[(slice(len(rows)), *columns)] = tensor[(rows, *columns)]
+                layer[name] = tensor[:len(rows)]
+
+
+class LM(nn.Module):
+    """Embedding, blocks, norm, head. Module names are Hugging Face's, so state-dict keys are checkpoint keys."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.model.layers = nn.ModuleList(Block(config, mixer) for mixer in config.mixers)
+        self.model.norm = RMSNorm(config.d_model, config.norm_eps)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.apply(self.reset_parameters)
+
+    def reset_parameters(self, module):
+        """Normal weights of variance 1 / fan-in; what writes to the residual stream is scaled down with depth (GPT-2)."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
+        if isinstance(module, (Mamba, Mamba2)):
+            module.reset_parameters()
+        if isinstance(module, Block):
+            out = getattr(module.mix(), "o_proj", None) or module.mix().out_proj
+            for weight in (out.weight, module.mlp.down_proj.weight):
+                weight.data.mul_((2 * self.config.n_layers) ** -0.5)
+
+    @property
+    def layers(self):
+        return self.model.layers
+
+    @property
+    def device(self):
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self):
+        return self.model.embed_tokens.weight.dtype
+
+    def num_parameters(self):
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def rope(self, positions):
+        """cos and sin for positions (B, L), each (B, 1, L, h/2) in the model's dtype; angles in float32."""
+        if not hasattr(self, "frequencies") or self.frequencies.device != positions.device:
+            self.frequencies = rope_frequencies(self.config).to(positions.device)
+        angles = positions[:, None, :, None].float() * self.frequencies
+        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+
+    def head(self, x):
+        """Logits (B, L, V) of the residual stream after the last block (B, L, d_model)."""
+        weight = self.model.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
+        return F.linear(self.model.norm(x), weight)
+
+    def init_state(self, batch, max_length):
+        """An empty state for `batch` rows of up to `max_length` tokens. SSM states are float32 and do not grow."""
+        lengths = torch.zeros(batch, dtype=torch.long, device=self.device)
+        return State(lengths, [b.mix().init_cache(batch, max_length, self.device, self.dtype) for b in self.layers])
+
+    def forward(self, tokens, state=None):
+        """tokens (B, L) int64 -> logits (B, L, V). With a state, the tokens continue each row and the state is updated."""
+        batch, length = tokens.shape
+        x = self.model.embed_tokens(tokens)  # (B, L, d_model)
+        if state is None:
+            rope = self.rope(torch.arange(length, device=tokens.device)[None])
+            for block in self.layers:
+                x = block(x, rope)
+            return self.head(x)
+        reads = CacheReads(state.lengths, length, self.dtype)
+        rope = self.rope(reads.columns)
+        for block, cache in zip(self.layers, state.layers):
+            x = block(x, rope, cache, reads)
+        state.lengths += length
+        return self.head(x)
+
+    def hidden_states(self, tokens):
+        """The residual stream before every block and after the last, before the final norm: n_layers + 1 of (B, L, d)."""
+        rope = self.rope(torch.arange(tokens.shape[1], device=tokens.device)[None])
+        states = [self.model.embed_tokens(tokens)]
+        for block in self.layers:
+            states.append(block(states[-1], rope))
+        return states
+
+    def save_pretrained(self, folder):
+        """Write config.json and model.safetensors, each under a temporary name first. Loads in transformers if a Llama."""
+        os.makedirs(folder, exist_ok=True)
+        weights, config = (os.path.join(folder, name) for name in ("model.safetensors", "config.json"))
+        tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, weights + ".tmp", metadata={"format": "pt"})
+        with open(config + ".tmp", "w") as f:
+            json.dump(to_hf_config(self.config, self.dtype), f, indent=2)
+        os.replace(weights + ".tmp", weights)
+        os.replace(config + ".tmp", config)
+
+    @classmethod
+    def from_pretrained(cls, folder, device=None, dtype=None):
+        """Load a folder with config.json and safetensors: ours, or any Hugging Face Llama's.
+
+        dtype: of the weights in memory (default: as stored), except FLOAT32_PARAMETERS. Raises FileNotFoundError for
+        a missing file and ValueError for an unsupported model or a missing, extra or misshapen tensor, naming it.
+        """
+        with open(os.path.join(folder, "config.json")) as f:
+            config = from_hf_config(json.load(f))
+        tensors = read_safetensors(folder)
+        if config.tie_embeddings:
+            tensors.pop("lm_head.weight", None)  # some tied checkpoints store it twice
+        with torch.device("meta"):
+            lm = cls(config)
+        expected = lm.state_dict()
+        for name in sorted(expected.keys() | tensors.keys()):
+            if name not in tensors:
+                raise ValueError(f"{folder}: tensor {name} is missing, expected shape {tuple(expected[name].shape)}")
+            if name not in expected:
+                raise ValueError(f"{folder}: unexpected tensor {name} of shape {tuple(tensors[name].shape)}")
+            if tensors[name].shape != expected[name].shape:
+                raise ValueError(f"{folder}: tensor {name} has shape {tuple(tensors[name].shape)}, "
+                                 f"expected {tuple(expected[name].shape)}")
+        for name, tensor in tensors.items():
+            keep = name.endswith(FLOAT32_PARAMETERS)
+            tensors[name] = tensor.to(device=device or "cpu", dtype=torch.float32 if keep else dtype or tensor.dtype)
+        lm.load_state_dict(tensors, assign=True)
+        return lm
+
+
+# ------------------------------------------------------------------------------------------------ devices, files
+def choose_device(device=None, dtype=None):
+    """(torch.device, torch.dtype): what was asked for, else cuda in bfloat16 if there is one, else cpu in float32."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda was asked for, but PyTorch finds no GPU here: use --device cpu or leave it out")
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = dtype or ("bfloat16" if chosen.type == "cuda" else "float32")
+    print(f"device: {device_name(chosen)} ({'asked for' if device else 'chosen automatically'}), "
+          f"dtype: {kind} ({'asked for' if dtype else f'the default on {chosen.type}'})", flush=True)
+    return chosen, getattr(torch, kind)
+
+
+def device_name(device):
+    """"cuda (NVIDIA ...)" or "cpu (name, threads)"."""
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as f:
+            name = next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), name)
+    return f"cpu ({name}, {torch.get_num_threads()} threads)"
+
+
+def fingerprint(folder):
+    """CRC-32 of a checkpoint's weights: tells whether two runs used the same model."""
+    crc = 0
+    for name in sorted(os.listdir(folder)):
+        if name.endswith(".safetensors"):
+            with open(os.path.join(folder, name), "rb") as f:
+                while block := f.read(1 << 24):
+                    crc = zlib.crc32(block, crc)
+    return f"{crc:08x}"
+
+
+# Config field -> key of a Hugging Face Llama config. Fields of ours (mixers, d_state, ...) keep their own names.
+HF_KEYS = dict(vocab_size="vocab_size", d_model="hidden_size", n_layers="num_hidden_layers",
+               n_heads="num_attention_heads", n_kv_heads="num_key_value_heads", head_dim="head_dim",
+               d_ff="intermediate_size", rope_theta="rope_theta", rope_scaling="rope_scaling",
+               norm_eps="rms_norm_eps", tie_embeddings="tie_word_embeddings", max_length="max_position_embeddings",
+               mixers="mixers", d_state="d_state", d_conv="d_conv", dt_rank="dt_rank", eos_ids="eos_token_id")
+
+
+def to_hf_config(config, dtype):
+    """The dict that goes into config.json: a Hugging Face Llama config plus our keys."""
+    fixed = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu", attention_bias=False,
+                 mlp_bias=False, torch_dtype=str(dtype).removeprefix("torch."))
+    fields = {HF_KEYS[name]: value for name, value in dataclasses.asdict(config).items()}
+    if fields["rope_scaling"]:
+        fields["rope_scaling"] = {"rope_type": "llama3", **fields["rope_scaling"]}
+    return fixed | fields | {"eos_token_id": config.eos_ids or None}
+
+
+def from_hf_config(values):
+    """Config of a config.json dict, old layout (rope_theta, rope_scaling) or new (rope_parameters)."""
+    if values.get("model_type") != "llama":
+        raise ValueError(f"unsupported model_type {values.get('model_type')!r}: only 'llama' is implemented")
+    for key in ("attention_bias", "mlp_bias"):
+        if values.get(key):
+            raise ValueError(f"unsupported config: {key} is true, Llama has no biases")
+    values = dict(values)
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 10000.0))
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if scaling.get("rope_type", scaling.get("type", "default")) == "default":
+        scaling = None
+    values["rope_scaling"] = scaling
+    eos = values.get("eos_token_id")
+    values["eos_token_id"] = [] if eos is None else [eos] if isinstance(eos, int) else eos
+    missing = [key for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                               "intermediate_size") if key not in values]
+    if missing:
+        raise ValueError(f"config.json lacks {', '.join(missing)}")
+    values.setdefault("tie_word_embeddings", False)  # Hugging Face's default for a Llama that does not say
+    return Config(**{field: values[key] for field, key in HF_KEYS.items() if key in values})
+
+
+def read_safetensors(folder):
+    """All tensors of model.safetensors, or of the shards that model.safetensors.index.json names."""
+    index = os.path.join(folder, "model.safetensors.index.json")
+    names = sorted(set(json.load(open(index))["weight_map"].values())) if os.path.exists(index) else ["model.safetensors"]
+    tensors = {}
+    for path in (os.path.join(folder, name) for name in names):
+        try:
+            with safe_open(path, framework="pt") as f:
+                tensors.update({key: f.get_tensor(key) for key in f.keys()})
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
+    return tensors
+
+
+# ------------------------------------------------------------------------------------------------ teacher -> student
+UNIT_GATE = 1.278464542761  # SiLU(UNIT_GATE) = 1
+LONGEST_MEMORY, SHORTEST_MEMORY = -6.0, 0.0  # a_bias of the first and last head: decay 0.998 .. 0.5
+
+
+def student_from(teacher, mixers):
+    """A student with the teacher's weights, in which layers named "mamba" or "mamba2" replace attention.
+
+    Everything outside the replaced mixers is copied. Inside them (Wang et al. 2024, figure 2):
+
+        attention           "mamba"             "mamba2"
+        q_proj  (H h, d)    C_proj              rows C of in_proj
+        k_proj  (K h, d)    B_proj              rows B of in_proj, kv heads repeated to H
+        v_proj  (K h, d)    in_proj_x           rows x of in_proj, kv heads repeated to H
+        o_proj  (d, H h)    out_proj            out_proj
+
+    Raises ValueError if a mixer is unknown, their number is not the teacher's, or an attention layer is wanted where
+    the teacher has none.
+    """
+    config = dataclasses.replace(teacher.config, mixers=list(mixers), d_state=None)
+    student = LM(config).to(device=teacher.device, dtype=teacher.dtype)
+    for i, (block, source) in enumerate(zip(student.layers, teacher.layers)):
+        if not isinstance(source.mix(), Attention) and block.mixer != source.mixer:
+            raise ValueError(f"layer {i} of the teacher is {source.mixer}, not attention: cannot turn it into {block.mixer}")
+        block.load_state_dict({k: v for k, v in source.state_dict().items() if k in block.state_dict()}, strict=False)
+        if isinstance(source.mix(), Attention) and isinstance(block.mix(), Mamba):
+            mamba_from_attention(block.mix(), source.mix())
+        elif isinstance(source.mix(), Attention) and isinstance(block.mix(), Mamba2):
+            mamba2_from_attention(block.mix(), source.mix())
+    rest = {k: v for k, v in teacher.state_dict().items() if not k.startswith("model.layers.")}
+    student.load_state_dict(rest, strict=False)
+    return student
+
+
+@torch.no_grad()
+def mamba_from_attention(mamba, attention):
+    """Q to C, K to B, V to x, O to out.
+
+    It cannot start as a copy of the teacher: SiLU follows the convolution and the gate SiLU(W_z u) has no bias, so no
+    choice of the new weights makes either the identity. What can be done is done: the convolution passes the current
+    token through, so that SiLU(x) is all that stands between v and the scan; gate and dt keep their random start.
+    """
+    mamba.C_proj.weight.copy_(attention.q_proj.weight)
+    mamba.B_proj.weight.copy_(attention.k_proj.weight)
+    mamba.in_proj_x.weight.copy_(attention.v_proj.weight)
+    mamba.out_proj.weight.copy_(attention.o_proj.weight)
+    identity_convolution(mamba.conv1d)
+
+
+@torch.no_grad()
+def mamba2_from_attention(mamba2, attention):
+    """Q to C, K to B, V to x, O to out; then linear attention is all that is left of the difference.
+
+    The convolution is the identity, the gate is SiLU(UNIT_GATE) = 1 with zero weights, the skip D is 0 (attention has
+    none). Decays start slow, one memory length per head and the same for every token: a state that forgets within a
+    few tokens gets no gradient for what it should have kept.
+    """
+    repeats = attention.n_heads // attention.n_kv_heads
+
+    def repeat(weight):  # (K h, d) -> (H h, d): whole heads, consecutively, as the queries of a group sit
+        return weight.unflatten(0, (-1, attention.head_dim)).repeat_interleave(repeats, dim=0).flatten(0, 1)
+
+    x, B, C, z, a = mamba2.in_proj.weight.split(mamba2.sizes)
+    x.copy_(repeat(attention.v_proj.weight))
+    B.copy_(repeat(attention.k_proj.weight))
+    C.copy_(attention.q_proj.weight)
+    z.zero_()
+    a.zero_()
+    mamba2.out_proj.weight.copy_(attention.o_proj.weight)
+    mamba2.z_bias.fill_(UNIT_GATE)
+    mamba2.A_log_bias.copy_(torch.linspace(LONGEST_MEMORY, SHORTEST_MEMORY, mamba2.n_heads))
+    mamba2.D.zero_()
+    identity_convolution(mamba2.conv1d)
+    mamba2.conv1d.weight[mamba2.sizes[0]:, :, -1] = 1 / attention.head_dim  # B and C
+
+
+def identity_convolution(conv):
+    conv.weight.zero_()
+    conv.weight[:, :, -1] = 1  # the last tap is the current token
+    conv.bias.zero_()

@@ -1,0 +1,331 @@
+"""Sample many completions per problem in large batches, against the clock.
+
+    python sample.py                      every model under out/, 64 samples of each test problem
+    python sample.py --model out/pure --num-samples 256 --temperature 0.6
+
+Reads   out/<name>/ (a checkpoint of distill.py)
+Writes  out/<name>/samples.jsonl, one record per completion, and samples.json: the settings and the speed
+Rerunning goes on where a run stopped. Teacher and students go through the same loop, batch and tricks.
+
+Contents: random numbers, choosing a token, the prompts, the batch, generate, records on disk, the script.
+"""
+import argparse
+import datetime
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import find_models, load_task, load_tokenizer, read_json, run, write_json
+from model import LM, choose_device, columns_read, device_name, fingerprint
+
+# ------------------------------------------------------------------------------------------------ random numbers
+MASK = 2 ** 64 - 1
+WEYL = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd
+MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+
+
+def hash64(value):
+    """The finaliser of SplitMix64 (Steele, Lea & Flood 2014) on a Python int: every bit depends on every bit."""
+    for shift, factor in MIX:
+        value = ((value ^ (value >> shift)) * factor) & MASK
+    return value ^ (value >> 31)
+
+
+def signed(value):
+    """An unsigned 64-bit number as the int64 with the same bits."""
+    return value - 2 ** 64 if value >> 63 else value
+
+
+def row_key(seed, problem, sample):
+    """64 bits that belong to one completion and to nothing else."""
+    key = 0
+    for part in (seed, problem, sample):
+        key = hash64((key + WEYL + part) & MASK)
+    return signed(key)
+
+
+def uniforms(keys, steps):
+    """One number in [0, 1) per row, a pure function of (key, step): SplitMix64 at position `step` of stream `key`.
+
+    keys, steps (B,) int64 -> (B,) float32. Batch size, order and resuming cannot change it. 23 bits, so that u * total
+    in `choose_tokens` never rounds up to total.
+    """
+    value = keys + (steps + 1) * signed(WEYL)  # int64 arithmetic wraps around, as it should
+    for shift, factor in MIX:
+        value = (value ^ ((value >> shift) & (MASK >> shift))) * signed(factor)  # the mask makes >> a logical shift
+    value = value ^ ((value >> 31) & (MASK >> 31))
+    return ((value >> 41) & (2 ** 23 - 1)).float() * 2.0 ** -23
+
+
+# ------------------------------------------------------------------------------------------------ choosing a token
+def keep_likely(logits, top_k, top_p):
+    """Logits (B, V) with all but the top_k, then the smallest set of mass >= top_p, at -inf. 0 and 1.0 switch off."""
+    if top_k and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
+    if top_p < 1:
+        values, order = logits.sort(descending=True, stable=True)
+        probabilities = values.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities  # mass of all likelier tokens; 0 for the likeliest
+        logits = logits.scatter(1, order, values.masked_fill(before >= top_p, float("-inf")))
+    return logits
+
+
+def choose_tokens(logits, u, temperature, top_k=0, top_p=1.0):
+    """One token per row by inverting the cumulative distribution at u. logits (B, V), u (B,) -> (B,) int64.
+
+    One random number a row, however large the vocabulary. temperature 0 takes the likeliest token.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    cdf = keep_likely(logits.float() / temperature, top_k, top_p).softmax(-1).cumsum(-1)  # (B, V)
+    return torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
+
+
+# ------------------------------------------------------------------------------------------------ generation
+@dataclass
+class Completion:
+    """One sampled text: indices of problem and sample, ids without the stop id, why it ended, and when.
+
+    finish is "stop" or "length"; seconds is wall-clock time since the generation of all of them began.
+    """
+    problem: int
+    sample: int
+    tokens: list
+    finish: str
+    seconds: float
+
+
+class Prompts:
+    """Every problem's prompt, run through the model once, alone, when first needed: no padding, nothing repeated.
+
+    Kept until the last of the problem's samples has started from it.
+    """
+
+    def __init__(self, lm, prompts, todo):
+        self.lm, self.prompts, self.ready = lm, prompts, {}
+        self.uses = np.bincount([problem for problem, _ in todo], minlength=len(prompts))
+
+    def start(self, problem):
+        """(state of one row after the prompt, logits (V,) of the first token)."""
+        if problem not in self.ready:
+            prompt = torch.tensor([self.prompts[problem]], device=self.lm.device)
+            state = self.lm.init_state(1, prompt.shape[1])
+            self.ready[problem] = state, self.lm(prompt, state)[0, -1]
+        self.uses[problem] -= 1
+        return self.ready[problem] if self.uses[problem] else self.ready.pop(problem)
+
+
+class Batch:
+    """The rows being decoded. What every step needs is in tensors; Python touches a row only when it starts or ends."""
+    SORT_EVERY, SORT_ABOVE = 16, 1.2  # steps between checks; cache columns read per column needed that call for a sort
+
+    def __init__(self, lm, size, max_length, max_new_tokens):
+        self.state = lm.init_state(size, max_length)
+        self.has_attention = "attention" in lm.config.mixers
+        self.clock = 0
+        self.owner = [None] * size  # (problem, sample) of each row, None if it is empty
+        self.logits = torch.zeros(size, lm.config.vocab_size, device=lm.device, dtype=lm.dtype)
+        self.keys = torch.zeros(size, dtype=torch.long, device=lm.device)
+        self.steps = torch.zeros(size, dtype=torch.long, device=lm.device)
+        self.tokens = torch.zeros(size, max_new_tokens, dtype=torch.long, device=lm.device)
+
+    def start(self, row, owner, key, state, logits):
+        """Begin a completion in an empty row."""
+        self.owner[row], self.keys[row], self.steps[row], self.logits[row] = owner, key, 0, logits
+        self.state.put(row, state)
+
+    def finish(self, row, stopped, seconds):
+        """Empty a row and yield its Completion; nothing if it was empty already."""
+        if self.owner[row] is not None:
+            tokens = self.tokens[row, :self.steps[row]].tolist()
+            yield Completion(*self.owner[row], tokens[:-1] if stopped else tokens, "stop" if stopped else "length", seconds)
+        self.owner[row], self.steps[row], self.state.lengths[row] = None, 0, 0
+
+    def tidy(self):
+        """Drop empty rows once a quarter is empty, and sort by length when attention would read much for nothing.
+
+        Returns False if no row is left.
+        """
+        busy = [row for row, owner in enumerate(self.owner) if owner is not None]
+        if len(busy) <= 0.75 * len(self.owner):
+            self.select(torch.tensor(busy, dtype=torch.long, device=self.steps.device))
+        self.clock += 1
+        if busy and self.has_attention and self.clock % self.SORT_EVERY == 0:
+            if columns_read(self.state.lengths) > self.SORT_ABOVE * int(self.state.lengths.sum()):
+                self.select(self.state.lengths.argsort())
+        return bool(busy)
+
+    def select(self, rows):
+        """Keep these rows, in this order."""
+        self.state.select(rows)
+        self.owner = [self.owner[row] for row in rows.tolist()]
+        self.logits, self.keys, self.steps, self.tokens = (
+            t[rows] for t in (self.logits, self.keys, self.steps, self.tokens))
+
+
+@torch.inference_mode()
+def generate(lm, prompts, *, num_samples=1, max_new_tokens=256, temperature=1.0, top_k=0, top_p=1.0, batch_size=64,
+             stop_ids=(), seed=0, skip=()):
+    """Complete every prompt num_samples times; yields a Completion as soon as it is finished.
+
+    prompts: lists of token ids, of any lengths. Order: every problem's sample 0 first, then every sample 1, ...
+    `skip` holds (problem, sample) pairs not to run. A finished row's place is taken at once by the next in line; when
+    none is left the batch shrinks. top_k and top_p act after temperature; temperature 0 is greedy. The random number of
+    a step depends on (seed, problem, sample, step) alone, so batch_size and skip do not change a text (up to
+    floating-point ties). Raises ValueError for an empty prompt or a setting out of range.
+    """
+    check_settings(prompts, num_samples, max_new_tokens, temperature, top_k, top_p, batch_size)
+    began = time.perf_counter()
+    skip = set(skip)
+    todo = [(problem, sample) for sample in range(num_samples) for problem in range(len(prompts))
+            if (problem, sample) not in skip]
+    if not todo:
+        return
+    starts, queue = Prompts(lm, prompts, todo), iter(todo)
+    batch = Batch(lm, min(batch_size, len(todo)), max(map(len, prompts)) + max_new_tokens, max_new_tokens)
+    stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=lm.device)
+    empty = range(len(batch.owner))
+    while True:
+        for row, owner in zip(empty, queue):
+            batch.start(row, owner, row_key(seed, *owner), *starts.start(owner[0]))
+        if not batch.tidy():
+            return
+        tokens = choose_tokens(batch.logits, uniforms(batch.keys, batch.steps), temperature, top_k, top_p)
+        stopped = torch.isin(tokens, stops)
+        batch.tokens.scatter_(1, batch.steps[:, None], tokens[:, None])
+        batch.steps += 1
+        empty = (stopped | (batch.steps == max_new_tokens)).nonzero()[:, 0].tolist()
+        for row in empty:
+            yield from batch.finish(row, bool(stopped[row]), time.perf_counter() - began)
+        batch.logits = lm(tokens[:, None], batch.state)[:, -1]  # empty rows run along until someone takes their place
+
+
+def check_settings(prompts, num_samples, max_new_tokens, temperature, top_k, top_p, batch_size):
+    for name, value, allowed in (("num_samples", num_samples, num_samples >= 1), ("batch_size", batch_size, batch_size >= 1),
+                                 ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
+                                 ("temperature", temperature, temperature >= 0), ("top_k", top_k, top_k >= 0),
+                                 ("top_p", top_p, 0 < top_p <= 1)):
+        if not allowed:
+            raise ValueError(f"{name} = {value} is out of range")
+    for problem, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {problem} is empty: a model needs at least one token to start from")
+
+
+# ------------------------------------------------------------------------------------------------ records on disk
+def read_samples(path):
+    """Records of a samples.jsonl; a last line that was cut off by a kill is removed from the file."""
+    if not os.path.exists(path):
+        return []
+    with open(path, "rb") as f:
+        text = f.read()
+    whole = text.rfind(b"\n") + 1
+    if whole < len(text):
+        os.truncate(path, whole)
+    try:
+        return [json.loads(line) for line in text[:whole].splitlines()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} holds a line that is not JSON ({error}): repair or delete the file") from None
+
+
+def refuse_other_settings(folder, settings):
+    """Samples of one file come from one setting. Raises ValueError that names what differs, and what to do."""
+    path = os.path.join(folder, "samples.json")
+    if not os.path.exists(os.path.join(folder, "samples.jsonl")):
+        return
+    old = read_json(path)["settings"] if os.path.exists(path) else {}
+    differ = [f"{name} = {old.get(name)!r} there, {value!r} now" for name, value in settings.items() if old.get(name) != value]
+    if differ:
+        raise ValueError(f"{folder}/samples.jsonl was made with other settings ({'; '.join(differ)}): "
+                         f"rerun with those, choose another --out, or delete that file")
+
+
+def write_summary(folder, settings, lm, records_tokens, seconds):
+    """samples.json: the settings that must not mix, and what was measured."""
+    summary = dict(settings=settings, device=device_name(lm.device), dtype=str(lm.dtype).removeprefix("torch."),
+                   params=lm.num_parameters(), tokens=records_tokens, seconds=round(seconds, 3),
+                   tokens_per_second=round(records_tokens / seconds, 1) if seconds else None,
+                   date=datetime.date.today().isoformat(), torch=torch.__version__, threads=torch.get_num_threads())
+    write_json(os.path.join(folder, "samples.json"), summary)
+
+
+def sample_model(model_folder, folder, problems, args):
+    """All samples of one model into folder/samples.jsonl, going on where an earlier run stopped."""
+    lm = LM.from_pretrained(model_folder, args.device, args.dtype).eval()
+    tokenizer = load_tokenizer(model_folder)
+    settings = dict(task=args.task, problems=len(problems), num_samples=args.num_samples, batch_size=args.batch_size,
+                    max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                    seed=args.seed, device=str(lm.device), dtype=str(lm.dtype).removeprefix("torch."),
+                    weights=fingerprint(model_folder))
+    refuse_other_settings(folder, settings)
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, "samples.jsonl")
+    records = read_samples(path)
+    done, tokens = {(r["problem"], r["sample"]) for r in records}, sum(r["num_tokens"] for r in records)
+    offset = seconds = records[-1]["seconds"] if records else 0.0
+    write_summary(folder, settings, lm, tokens, seconds)
+    prompts = [tokenizer.chat(problem.question) for problem in problems]
+    knobs = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, stop_ids=tokenizer.eos_ids,
+                 seed=args.seed, batch_size=args.batch_size)
+    for _ in generate(lm, prompts, num_samples=args.num_samples, max_new_tokens=2, **knobs | dict(stop_ids=())):
+        break  # warm-up: one prefill per row and a few steps, at full batch size
+    with open(path, "a", encoding="utf-8") as f, progress(folder, len(problems) * args.num_samples, len(done)) as bar:
+        for c in generate(lm, prompts, num_samples=args.num_samples, max_new_tokens=args.max_new_tokens, skip=done, **knobs):
+            seconds, tokens = offset + c.seconds, tokens + len(c.tokens)
+            problem = problems[c.problem]
+            record = dict(problem=c.problem, sample=c.sample, question=problem.question, gold=problem.answer,
+                          completion=tokenizer.decode(c.tokens), num_tokens=len(c.tokens), finish=c.finish,
+                          seconds=round(seconds, 4))
+            f.write(json.dumps(record) + "\n")
+            f.flush()
+            bar.set_postfix_str(f"{tokens / seconds:,.0f} tokens/s", refresh=False)
+            bar.update()
+    write_summary(folder, settings, lm, tokens, seconds)
+
+
+def progress(folder, total, initial):
+    """A bar for a terminal, a line every ten seconds for a file."""
+    return tqdm(desc=os.path.basename(folder), total=total, initial=initial, unit="sample", dynamic_ncols=True,
+                mininterval=0.5 if sys.stderr.isatty() else 10)
+
+
+# ------------------------------------------------------------------------------------------------ the script
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", nargs="+", help="folders of checkpoints; default: every model under --out")
+    parser.add_argument("--out", default="out", help="samples go to OUT/<model's name>/samples.jsonl")
+    parser.add_argument("--task", default="arithmetic", help="arithmetic, or a .jsonl file with question and answer")
+    parser.add_argument("--limit", type=int, default=96, help="how many test problems, from the first")
+    parser.add_argument("--num-samples", type=int, default=64, help="completions per problem (k)")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest completion")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
+    parser.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0: all")
+    parser.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens of this mass; 1: all")
+    parser.add_argument("--batch-size", type=int, default=256, help="completions decoded at a time")
+    parser.add_argument("--seed", type=int, default=0, help="of the random numbers of sampling")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda, float32 on cpu")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    args.device, args.dtype = choose_device(args.device, args.dtype)
+    folders = args.model or find_models(args.out)
+    problems = load_task(args.task, "test")[:args.limit]
+    print(f"{len(problems)} problems of {args.task} x {args.num_samples} samples, batch {args.batch_size}, "
+          f"temperature {args.temperature}: {', '.join(folders)}")
+    for folder in folders:
+        name = os.path.basename(os.path.normpath(folder))
+        sample_model(folder, os.path.join(args.out, name), problems, args)
+
+
+if __name__ == "__main__":
+    run(main)
