@@ -29,23 +29,24 @@ class Problem:
 
 
 # ------------------------------------------------------------------------------------------------ the built-in task
-# One real example (8 additions are left, 2 rounds are left, ...):
+# One real example; 8) means eight additions are left, [2] two rounds:
 #
-#   Start with 4821. In each of 2 rounds do +7 3 times, then x13. Keep four digits.
+#   In each of 2 rounds do +7 nine times, then x13, keeping four digits. Start: 4821
 #
-#   3) 4821 +7 = 4828
-#   2) 4828 +7 = 4835
-#   1) 4835 +7 = 4842
-#   [2] 4842 x13 = 2946
-#   3) 2946 +7 = 2953
-#   2) 2953 +7 = 2960
-#   1) 2960 +7 = 2967
-#   [1] 2967 x13 = 8571
-#   \boxed{8571}
+#   9) 4821 +7 = 4828
+#   8) 4828 +7 = 4835
+#   ...
+#   1) 4877 +7 = 4884
+#   [2] 4884 x13 = 3492
+#   9) 3492 +7 = 3499
+#   ...
+#   1) 3548 +7 = 3555
+#   [1] 3555 x13 = 6215
+#   \boxed{6215}
 #
 # Additions are easy and fill the page. A multiplication has to be done in the head, carries and all, and a small model
 # gets it right only some of the time: the problems with many rounds and large multipliers are the hard ones.
-ROUNDS, ADDITIONS, ADDENDS = (1, 6), (3, 15), (1, 9)
+ROUNDS, ADDITIONS, ADDENDS = (1, 6), 9, (1, 9)
 # All coprime to 10: a round is then a bijection of the four-digit numbers, so a mistake is never forgotten and the
 # answer is right only if the whole chain is (a later mistake that happens to undo it aside).
 MULTIPLIERS = (3, 7, 9, 13)
@@ -54,13 +55,12 @@ TRAIN_PROBLEMS, TEST_PROBLEMS = 50_000, 1_000
 
 def arithmetic_problem(rng):
     """One problem drawn from `rng` (random.Random), as (question, solution, answer)."""
-    number, rounds, additions = rng.randrange(10_000), rng.randint(*ROUNDS), rng.randint(*ADDITIONS)
+    number, rounds = rng.randrange(10_000), rng.randint(*ROUNDS)
     add, times = rng.randint(*ADDENDS), rng.choice(MULTIPLIERS)
-    question = (f"Start with {number:04d}. In each of {rounds} rounds do +{add} {additions} times, then x{times}. "
-                f"Keep four digits.")
+    question = f"In each of {rounds} rounds do +{add} nine times, then x{times}, keeping four digits. Start: {number:04d}"
     lines = []
     for rounds_left in range(rounds, 0, -1):
-        for additions_left in range(additions, 0, -1):
+        for additions_left in range(ADDITIONS, 0, -1):
             before, number = number, (number + add) % 10_000
             lines.append(f"{additions_left}) {before:04d} +{add} = {number:04d}\n")
         before, number = number, number * times % 10_000

@@ -56,19 +56,20 @@ def matrix_loss(student, teacher, tokens, valid):
     """MOHAWK's first stage: sum over layers of the mean over batch and heads of || T - attention ||_F.
 
     Every student layer gets the teacher's hidden state as input; only replaced layers count. Rows of padding are left
-    out. tokens (B, L), valid (B, L) bool -> scalar.
+    out. In float32, also under autocast, as in the reference code. tokens (B, L), valid (B, L) bool -> scalar.
     """
-    with torch.no_grad():
-        inputs = teacher.hidden_states(tokens)
-    rope = teacher.rope(torch.arange(tokens.shape[1], device=tokens.device)[None])
     loss = 0.0
-    for block, source, x in zip(student.layers, teacher.layers, inputs):
-        if isinstance(block.mix(), Attention):
-            continue
+    with torch.autocast(tokens.device.type, enabled=False):
+        rope = teacher.rope(torch.arange(tokens.shape[1], device=tokens.device)[None])
         with torch.no_grad():
-            target = source.mix().matrix(source.input_layernorm(x), rope)  # (B, H, L, L)
-        difference = (block.mix().matrix(block.input_layernorm(x), rope) - target) * valid[:, None, :, None]
-        loss = loss + difference.square().sum((2, 3)).sqrt().mean()
+            inputs = teacher.hidden_states(tokens)
+        for block, source, x in zip(student.layers, teacher.layers, inputs):
+            if isinstance(block.mix(), Attention):
+                continue
+            with torch.no_grad():
+                target = source.mix().matrix(source.input_layernorm(x), rope)  # (B, H, L, L)
+            difference = (block.mix().matrix(block.input_layernorm(x), rope) - target) * valid[:, None, :, None]
+            loss = loss + difference.square().sum((2, 3)).sqrt().mean()
     return loss
 
 
@@ -90,29 +91,46 @@ def hidden_loss(student, teacher, tokens, valid):
 
 
 # ------------------------------------------------------------------------------------------------ batches
-def batches(problems, tokenizer, tokens_per_batch, max_length, seed):
+def batches(problems, tokenizer, tokens_per_batch, max_length, seed, share=lambda step: 1.0):
     """Endless batches of worked solutions: (tokens (B, L), labels (B, L), valid (B, L)), always the same for a seed.
 
     Sequences of similar length go together, so that little is padded; rows are padded on the right, where a causal
     model's real tokens cannot see it. B x L is at most tokens_per_batch (a longer sequence comes alone).
+    share(step): keep only sequences up to this share of the longest, see `curriculum`.
     """
-    rng = random.Random(seed)
+    rng, step = random.Random(seed), 0
     while True:
         order = rng.sample(range(len(problems)), len(problems))
         for pool in (order[i:i + 512] for i in range(0, len(order), 512)):
             pairs = [(tokenizer.chat(problems[i].question), tokenizer.encode(problems[i].solution) + tokenizer.eos_ids[:1])
                      for i in pool]
-            pairs = sorted((p for p in pairs if len(p[0]) + len(p[1]) <= max_length), key=lambda p: len(p[0]) + len(p[1]))
-            groups = list(split_by_tokens(pairs, tokens_per_batch))
+            pairs = sorted((p for p in pairs if length_of(p) <= max_length), key=length_of)
+            kept = [p for p in pairs if length_of(p) <= share(step) * length_of(pairs[-1])]
+            groups = list(split_by_tokens(kept or pairs, tokens_per_batch))
             rng.shuffle(groups)
-            yield from map(collate, groups)
+            for group in groups:
+                yield collate(group)
+                step += 1
+
+
+def curriculum(steps, start=0.15, until=0.5):
+    """Sequence length as a share of the longest, step by step: grows from `start` to 1 over the first half of a stage.
+
+    Short chains have their questions near: what is to be looked up is learnt there, then stretched. A pure student
+    trained on full length from the start does not learn to look up at all within the built-in experiment's budget.
+    """
+    return lambda step: min(1.0, start + (1 - start) * step / max(1, until * steps))
+
+
+def length_of(pair):
+    return len(pair[0]) + len(pair[1])
 
 
 def split_by_tokens(pairs, tokens_per_batch):
     """Cut (prompt, answer) pairs, shortest first, into batches of at most tokens_per_batch tokens with padding."""
     group = []
     for prompt, answer in pairs:
-        if group and (len(group) + 1) * (len(prompt) + len(answer)) > tokens_per_batch:
+        if group and (len(group) + 1) * length_of((prompt, answer)) > tokens_per_batch:
             yield group
             group = []
         group.append((prompt, answer))
@@ -122,7 +140,7 @@ def split_by_tokens(pairs, tokens_per_batch):
 
 def collate(pairs):
     """Tensors of (prompt, answer) pairs of token ids; see `labels` above for their alignment."""
-    length = max(len(prompt) + len(answer) for prompt, answer in pairs)
+    length = max(map(length_of, pairs))
     tokens, labels = torch.zeros(len(pairs), length, dtype=torch.long), torch.full((len(pairs), length), IGNORE)
     valid = torch.zeros(len(pairs), length, dtype=torch.bool)
     for i, (prompt, answer) in enumerate(pairs):
@@ -164,10 +182,10 @@ def train_only_mixers(lm, only):
 class Stage:
     """A stretch of training with one loss: loss(lm, tokens, labels, valid) -> scalar."""
     name: str
-    steps: int
     lr: float
     loss: object
     mixers_only: bool = False
+    steps: int = 0
 
 
 class Run:
@@ -179,7 +197,7 @@ class Run:
 
     def __init__(self, folder, settings):
         self.folder, self.settings = folder, settings
-        self.stage, self.step, self.tokens, self.seconds = 0, 0, 0, 0.0
+        self.stage, self.step, self.tokens = 0, 0, 0
         os.makedirs(folder, exist_ok=True)
         path = os.path.join(folder, "training.json")
         if os.path.exists(path):
@@ -193,7 +211,7 @@ class Run:
         return os.path.exists(self.path("config.json")) and not os.path.exists(self.path("training.pt"))
 
     def save(self, lm, optimizer):
-        position = dict(stage=self.stage, step=self.step, tokens=self.tokens, seconds=self.seconds)
+        position = dict(stage=self.stage, step=self.step, tokens=self.tokens)
         torch.save(dict(model=lm.state_dict(), optimizer=optimizer.state_dict(), rng=torch.get_rng_state(),
                         position=position), self.path("training.pt.tmp"))
         os.replace(self.path("training.pt.tmp"), self.path("training.pt"))
@@ -235,7 +253,7 @@ def write_lines(path, lines):
 
 
 def train(run, lm, stages, make_batches, args):
-    """Run the stages that are left of a Run, from where it stands. make_batches(stage index) -> endless batches."""
+    """Run the stages that are left of a Run, from where it stands. make_batches(index, steps) -> a stage's batches."""
     optimizer_state = run.load(lm)
     for index in range(run.stage, len(stages)):
         stage = stages[index]
@@ -244,7 +262,7 @@ def train(run, lm, stages, make_batches, args):
         if optimizer_state:
             optimizer.load_state_dict(optimizer_state)
             optimizer_state = None
-        train_stage(run, lm, stage, optimizer, itertools.islice(make_batches(index), run.step, None), args)
+        train_stage(run, lm, stage, optimizer, itertools.islice(make_batches(index, stage.steps), run.step, None), args)
         run.stage, run.step = index + 1, 0
     train_only_mixers(lm, False)
 
@@ -292,8 +310,8 @@ TEACHER_ASSET = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets
 RECIPES = ("mohawk", "mambainllama")
 # The two students of the built-in experiment: how each is made, with which mixer, and which layers keep attention.
 STUDENTS = dict(pure=("mohawk", "mamba2", ()), hybrid=("mambainllama", "mamba", (1,)))
-# Steps of each stage at --scale 1. MambaInLlama is weight transfer and KL alone.
-STEPS = dict(mohawk=dict(matrices=30, hidden=70, kl=180), mambainllama=dict(matrices=0, hidden=0, kl=200))
+# The stages of a recipe and their steps at --scale 1. MambaInLlama is weight transfer and KL alone.
+STEPS = dict(mohawk=dict(matrices=20, hidden=60, kl=200, sft=0), mambainllama=dict(kl=200, sft=0))
 
 
 def student_stages(student, teacher, args, steps):
@@ -303,18 +321,18 @@ def student_stages(student, teacher, args, steps):
             target = teacher(tokens)
         return kl_loss(lm(tokens), target, labels, args.kl)
 
-    stages = [
-        Stage("matrices", steps["matrices"], args.lr, mixers_only=True, loss=lambda lm, tokens, labels, valid: matrix_loss(
+    every = dict(
+        matrices=Stage("matrices", args.lr, mixers_only=True, loss=lambda lm, tokens, labels, valid: matrix_loss(
             lm, teacher, tokens[:, :args.matrix_length], valid[:, :args.matrix_length])),
-        Stage("hidden", steps["hidden"], args.lr, mixers_only=True, loss=lambda lm, tokens, labels, valid: hidden_loss(
+        hidden=Stage("hidden", args.lr, mixers_only=True, loss=lambda lm, tokens, labels, valid: hidden_loss(
             lm, teacher, tokens, valid)),
-        Stage("kl", steps["kl"], args.lr, kl),
-        Stage("sft", steps["sft"], args.lr / 10, lambda lm, tokens, labels, valid: cross_entropy_loss(lm(tokens), labels)),
-    ]
-    if steps["matrices"] and any(isinstance(block.mix(), Mamba) for block in student.layers):
+        kl=Stage("kl", args.lr, kl),
+        sft=Stage("sft", args.lr / 10, lambda lm, tokens, labels, valid: cross_entropy_loss(lm(tokens), labels)),
+    )
+    if steps.get("matrices") and any(isinstance(block.mix(), Mamba) for block in student.layers):
         raise ValueError("matrix orientation needs --mixer mamba2: Mamba-1 has one decay per channel and state, not one "
                          "matrix per head; use --matrices-steps 0 with --mixer mamba")
-    return [stage for stage in stages if stage.steps]
+    return [dataclasses.replace(every[name], steps=count) for name, count in steps.items() if count]
 
 
 def get_teacher(args):
@@ -323,6 +341,8 @@ def get_teacher(args):
         return args.teacher
     folder = os.path.join(args.out, "teacher")
     if args.task == "arithmetic" and not args.pretrain:
+        if os.path.exists(os.path.join(folder, "training.pt")):
+            raise ValueError(f"{folder} holds an unfinished pre-training: go on with --pretrain, or delete that folder")
         if not os.path.exists(os.path.join(folder, "config.json")):
             print(f"teacher: the one that ships in assets/teacher, copied to {folder} (--pretrain trains a new one)")
             shutil.copytree(TEACHER_ASSET, folder, dirs_exist_ok=True)
@@ -344,19 +364,20 @@ def pretrain(folder, args):
         return
     torch.manual_seed(args.seed)
     lm = LM(config).to(args.device)
-    stage = Stage("pretrain", args.pretrain_steps, args.pretrain_lr,
-                  lambda lm, tokens, labels, valid: cross_entropy_loss(lm(tokens), labels))
+    stage = Stage("pretrain", args.pretrain_lr, steps=args.pretrain_steps,
+                  loss=lambda lm, tokens, labels, valid: cross_entropy_loss(lm(tokens), labels))
     train(run, lm, [stage], batch_maker(args, tokenizer, config), args)
     run.finish(lm, tokenizer)
 
 
 def batch_maker(args, tokenizer, config):
-    """make_batches(stage index) for `train`: each stage sees the training problems in an order of its own."""
+    """make_batches(stage index) for `train`: each stage sees the training problems in an order of its own, short ones first."""
     problems = [problem for problem in load_task(args.task, "train") if problem.solution]
     if not problems:
         raise ValueError(f"{args.task} has no worked solutions to train on: its answers need a solution (GSM8K's layout, "
                          f"solution #### answer) or a column `solution`")
-    return lambda index: batches(problems, tokenizer, args.batch_tokens, config.max_length, f"{args.seed} {index}")
+    return lambda index, steps: batches(problems, tokenizer, args.batch_tokens, config.max_length,
+                                        f"{args.seed} {index}", curriculum(steps))
 
 
 def distill(name, teacher_folder, args):
@@ -366,7 +387,7 @@ def distill(name, teacher_folder, args):
     if args.attention_layers is not None:
         attention_layers = args.attention_layers
     steps = {stage: choose_steps(getattr(args, f"{stage}_steps"), default, args.scale)
-             for stage, default in (STEPS[recipe] | dict(sft=0)).items()}
+             for stage, default in STEPS[recipe].items()}
     tokenizer = load_tokenizer(teacher_folder)
     teacher = LM.from_pretrained(teacher_folder, args.device, torch.float32).eval().requires_grad_(False)
     mixers = mixers_of(teacher.config.n_layers, mixer, attention_layers)
@@ -431,7 +452,7 @@ def parse_args(argv=None):
     add("--lr", type=float, default=2e-3, help="peak learning rate of the students' stages")
     add("--seed", type=int, default=0, help="of initialisation and of the order of the data")
     add("--pretrain", action="store_true", help="train a new teacher instead of taking the one in assets/")
-    add("--pretrain-steps", type=int, default=4000, help="steps of the teacher's pre-training")
+    add("--pretrain-steps", type=int, default=3500, help="steps of the teacher's pre-training")
     add("--pretrain-lr", type=float, default=4e-3, help="peak learning rate of pre-training")
     for name, default in (("d-model", 64), ("n-layers", 4), ("n-heads", 4), ("d-ff", 192)):
         add(f"--{name}", type=int, default=default, help="shape of a pre-trained teacher")

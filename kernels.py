@@ -8,12 +8,13 @@ Selective scan (Mamba), per channel d with state n, and SSD (Mamba-2), per head 
     y_t      = h_t C_t
 
 Contents, small to large
-    causal_conv, causal_conv_step       depthwise causal convolution: a sequence, one token
-    selective_scan_ref, selective_step  the first recurrence: literal loop, one token
-    selective_scan                      chunked scan with a hand-written backward that stores no states
-    ssd_ref, ssd_step                   the second recurrence: literal loop, one token
-    mixing_matrix, ssd                  the same map as one L x L matrix; as matrices within chunks
-    python kernels.py                   checks each against its reference and prints a timing table
+    causal_conv, causal_conv_step           depthwise causal convolution: a sequence, one token
+    selective_step                          the first recurrence: one token
+    selective_scan, selective_scan_ref      in chunks, with a backward that recomputes the states; as a literal loop
+    ssd_step                                the second recurrence: one token
+    mixing_matrix                           the map x -> y as one L x L matrix per head
+    ssd, ssd_ref                            as matrices within chunks; as a literal loop
+    python kernels.py                       checks each against its reference and prints a timing table
 
 Letters (in shape comments): B batch, L length, D channels, N state size, G groups of channels that share B and C, H heads,
 P head dimension, K convolution width, Q steps of one chunk. The tensors A, B, C, D own these letters in code, so
@@ -27,6 +28,7 @@ state-spaces/mamba selective_scan_interface.py and ssd_minimal.py; Bick et al. 2
 import argparse
 import statistics
 import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -44,8 +46,8 @@ def _check(name, tensor, shape, letters):
     """ValueError unless tensor has the shape; None in shape allows any size."""
     found = tuple(tensor.shape)
     if len(found) != len(shape) or any(want not in (None, have) for want, have in zip(shape, found)):
-        expected = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} has shape {found}, expected {letters} = ({expected})")
+        expected = str(tuple("any" if size is None else size for size in shape)).replace("'", "")
+        raise ValueError(f"{name} has shape {found}, expected {letters} = {expected}")
 
 
 def _check_backend(backend):
@@ -54,34 +56,46 @@ def _check_backend(backend):
 
 
 # ------------------------------------------------------------------------------------------------ causal convolution
-class _CausalConv(torch.autograd.Function):
-    """y_t = bias + sum_k weight[k] x_{t-K+1+k} as K shifted multiply-adds, several times faster than F.conv1d on a CPU.
+def _shifts(x, taps):
+    """For each shift s = 1..K-1: s, how many first rows of y read the past, and which rows of the past they read."""
+    width, length = len(taps), x.shape[1]
+    for shift in range(1, width):
+        head = min(shift, length)
+        yield shift, head, slice(width - 1 - shift, width - 1 - shift + head)
 
-    Backward is the same sum turned around: grad x_s = sum_k weight[k] grad y_{s+K-1-k}, and grad weight[k] sums
-    grad_y * shifted x over batch and time. Only the inputs are kept; autograd alone would keep a product for each k.
+
+class _CausalConv(torch.autograd.Function):
+    """y_t = bias + sum_s taps[s] x_{t-s} as K shifted multiply-adds, several times faster than F.conv1d on a CPU.
+
+    The first rows look before x, into the past: x_{-s} = past[K-1-s]. Backward is the same sum turned around,
+    grad x_t = sum_s taps[s] grad y_{t+s}, and grad taps[s] sums grad_y_t x_{t-s} over batch and time. Only the inputs are
+    kept, and x is never copied to put the past in front of it.
     """
 
     @staticmethod
-    def forward(ctx, padded, weight, bias):  # (B, K-1+L, D), (K, D), (D,)
-        ctx.save_for_backward(padded, weight)
-        width, length = len(weight), padded.shape[1] - len(weight) + 1
-        y = torch.addcmul(bias, padded[:, :length], weight[0])  # (B, L, D)
-        for k in range(1, width):
-            y.addcmul_(padded[:, k:k + length], weight[k])
+    def forward(ctx, x, past, taps, bias):  # (B, L, D), (B, K-1, D), (K, D), (D,)
+        ctx.save_for_backward(x, past, taps)
+        y = torch.addcmul(bias, x, taps[0])  # (B, L, D)
+        for shift, head, rows in _shifts(x, taps):
+            y[:, :head].addcmul_(past[:, rows], taps[shift])
+            y[:, head:].addcmul_(x[:, :x.shape[1] - head], taps[shift])
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y):
-        padded, weight = ctx.saved_tensors
-        length = grad_y.shape[1]
-        grad_padded, grad_weight = torch.zeros_like(padded), torch.empty_like(weight)
-        product = torch.empty_like(grad_y)
-        for k in range(len(weight)):
-            window = slice(k, k + length)
-            grad_padded[:, window].addcmul_(grad_y, weight[k])
-            grad_weight[k] = torch.mul(grad_y, padded[:, window], out=product).sum((0, 1))
-        return grad_padded, grad_weight, grad_y.sum((0, 1))
+        x, past, taps = ctx.saved_tensors
+        product = grad_y * x  # (B, L, D)
+        grad_x, grad_past, grad_taps = grad_y * taps[0], torch.zeros_like(past), torch.empty_like(taps)
+        grad_taps[0] = product.sum((0, 1))
+        for shift, head, rows in _shifts(x, taps):
+            body = slice(0, x.shape[1] - head)
+            grad_past[:, rows].addcmul_(grad_y[:, :head], taps[shift])
+            grad_x[:, body].addcmul_(grad_y[:, head:], taps[shift])
+            torch.mul(grad_y[:, :head], past[:, rows], out=product[:, :head])
+            torch.mul(grad_y[:, head:], x[:, body], out=product[:, head:])
+            grad_taps[shift] = product.sum((0, 1))
+        return grad_x, grad_past, grad_taps, grad_y.sum((0, 1))
 
 
 def causal_conv(x, weight, bias, state=None):
@@ -98,16 +112,24 @@ def causal_conv(x, weight, bias, state=None):
     if state is None:
         state = x.new_zeros(batch, d_inner, width - 1)
     _check("state", state, (batch, d_inner, width - 1), "(B, D, K-1)")
-    padded = torch.cat([state.transpose(1, 2).to(dtype), x.to(dtype)], dim=1)  # (B, K-1+L, D)
-    y = _CausalConv.apply(padded, weight[:, 0].t().to(dtype), bias.to(dtype))  # (B, L, D)
-    return y.to(x.dtype), padded[:, length:].transpose(1, 2).to(state.dtype).contiguous()
+    past = state.transpose(1, 2)  # (B, K-1, D)
+    taps = weight[:, 0].flip(1).t().to(dtype).contiguous()  # (K, D): taps[s] meets x_{t-s}
+    y = _CausalConv.apply(x.to(dtype), past.to(dtype), taps, bias.to(dtype))  # (B, L, D)
+    recent = torch.cat([past, x[:, max(0, length - width + 1):].to(past.dtype)], dim=1)  # (B, K-1 + min(L, K-1), D)
+    return y.to(x.dtype), recent[:, recent.shape[1] - width + 1:].transpose(1, 2)
 
 
 def causal_conv_step(state, x, weight, bias):
-    """One token of `causal_conv`: x (B, D) -> y (B, D); state (B, D, K-1) takes x in place."""
-    window = torch.cat([state, x[..., None].to(state.dtype)], dim=2)  # (B, D, K)
-    state.copy_(window[..., 1:])
-    return ((window.float() * weight[:, 0]).sum(-1) + bias).to(x.dtype)
+    """One token of `causal_conv`: x (B, D) -> y (B, D); state (B, D, K-1) takes x in place, and is fastest with stride 1
+    along D (a transposed (B, K-1, D), as `causal_conv` returns it)."""
+    dtype, taps = _compute_dtype(x), weight[:, 0].unbind(1)  # K times (D,)
+    columns = [state[..., k] for k in range(state.shape[2])]  # K-1 times (B, D); autograd lets no one write into unbind
+    y = torch.addcmul(bias, x.to(dtype), taps[-1])  # (B, D)
+    for column, tap in zip(columns, taps):
+        y.addcmul_(column.to(dtype), tap)
+    for column, newer in zip(columns, (*columns[1:], x)):
+        column.copy_(newer)
+    return y.to(x.dtype)
 
 
 # ------------------------------------------------------------------------------------------------ selective scan: loop, step
@@ -140,11 +162,6 @@ def _check_scan(x, dt, A, B, C, D, z, dt_bias, h0):
         _check("h0", h0, (batch, d_inner, d_state), "(B, D, N)")
 
 
-def selective_scan_ref(x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, h0=None, backend="ref"):
-    """The selective scan as a literal loop over time: arguments, results and errors of `selective_scan`, any backend."""
-    return selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, h0, backend="ref")
-
-
 def _scan_loop(x, dt, A, B, C, h):
     """x, dt (B, L, D), A (D, N), B, C (B, L, G, N), h (B, D, N) -> y (B, L, D), h."""
     repeats = x.shape[2] // B.shape[2]
@@ -166,7 +183,8 @@ def selective_step(h, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=
     h.mul_((dt[..., None] * (A * LOG2_E)).exp2_())
     rows = h.unflatten(1, (groups, -1))  # (B, G, D/G, N)
     rows.addcmul_((dt * u).unflatten(1, (groups, -1))[..., None], B[:, :, None].to(dtype))
-    y = (C[:, :, None].to(dtype) @ rows.transpose(2, 3)).flatten(1)  # (B, G, 1, N) @ (B, G, N, D/G) -> (B, D)
+    with torch.autocast(h.device.type, enabled=False):
+        y = (C[:, :, None].to(dtype) @ rows.transpose(2, 3)).flatten(1)  # (B, G, 1, N) @ (B, G, N, D/G) -> (B, D)
     return _skip_and_gate(y, u, D, None if z is None else z.to(dtype)).to(x.dtype)
 
 
@@ -183,13 +201,18 @@ def _grouped(u, like):
     return u.unflatten(-1, (like.shape[3], -1))
 
 
-def _chunk_states(x, dt, A, B, h):
-    """Run one chunk: x, dt (Q, B, D), A (N, D), B (N, Q, B, G, 1), h (N, B, D) -> decays and states, both (N, Q, B, D)."""
-    decay = (dt * (A * LOG2_E)[:, None, None]).exp2_()  # (N, Q, B, D)
-    states = (_grouped(dt * x, B) * B).flatten(-2)  # (N, Q, B, D): what each step adds, then the states themselves
+def _chunk_states(x, dt, A, B, h, decay, states):
+    """Run one chunk: x, dt (Q, B, D), A (N, D), B (N, Q, B, G, 1), h (N, B, D); fills decay, states (N, Q, B, D)."""
+    torch.mul(dt, (A * LOG2_E)[:, None, None], out=decay).exp2_()
+    torch.mul(_grouped(dt * x, B), B, out=_grouped(states, B))  # what each step adds, then the states themselves
     for decay_t, h_t in zip(decay.unbind(1), states.unbind(1)):
         h = h_t.addcmul_(decay_t, h)
-    return decay, states
+
+
+def _scratch(count, x, A):
+    """`count` buffers (N, Q, B, D), allocated once for all chunks: fresh memory costs more than the arithmetic in it."""
+    batch, length, d_inner = x.shape
+    return x.new_empty(count, A.shape[1], min(SCAN_CHUNK, length), batch, d_inner)
 
 
 def _sum_states(u, weights):
@@ -223,13 +246,15 @@ class _SelectiveScan(torch.autograd.Function):
     def forward(ctx, x, dt, A, B, C, h0):
         y, h = torch.empty_like(x), h0.permute(2, 0, 1)  # (B, L, D), (N, B, D)
         A_rows, starts = A.t().contiguous(), []  # (N, D)
+        buffers = _scratch(2, x, A)
         for start in range(0, x.shape[1], SCAN_CHUNK):
             span = slice(start, start + SCAN_CHUNK)
-            starts.append(h)
             x_c, dt_c, B_c, C_c = _chunk_inputs(span, x, dt, B, C)
-            _, states = _chunk_states(x_c, dt_c, A_rows, B_c, h)  # (N, Q, B, D)
+            decay, states = buffers[:, :, :len(x_c)]  # (N, Q, B, D) each
+            starts.append(h)
+            _chunk_states(x_c, dt_c, A_rows, B_c, h, decay, states)
             y[:, span] = _sum_states(states, C_c).transpose(0, 1)
-            h = states[:, -1].clone()  # a view would keep the whole chunk alive
+            h = states[:, -1].clone()  # the next chunk overwrites the buffer
         ctx.save_for_backward(x, dt, A, B, C, *starts)
         return y, h.permute(1, 2, 0).contiguous()
 
@@ -240,16 +265,21 @@ class _SelectiveScan(torch.autograd.Function):
         A_rows, carry, groups = A.t().contiguous(), grad_h.permute(2, 0, 1), B.shape[2]  # (N, D), (N, B, D)
         grad_x, grad_dt, grad_B, grad_C = (torch.empty_like(u) for u in (x, dt, B, C))
         grad_A = torch.zeros_like(A_rows)
+        buffers = _scratch(4, x, A)
         for index in reversed(range(len(starts))):
             span = slice(index * SCAN_CHUNK, (index + 1) * SCAN_CHUNK)
             x_c, dt_c, B_c, C_c = _chunk_inputs(span, x, dt, B, C)
-            decay, states = _chunk_states(x_c, dt_c, A_rows, B_c, starts[index])  # (N, Q, B, D)
+            decay, states, g, product = buffers[:, :, :len(x_c)]  # (N, Q, B, D) each
+            _chunk_states(x_c, dt_c, A_rows, B_c, starts[index], decay, states)
             grad_y_c = grad_y[:, span].transpose(0, 1).contiguous()  # (Q, B, D)
-            g = (_grouped(grad_y_c, C_c) * C_c).flatten(-2)  # (N, Q, B, D)
-            for g_t, decay_t in zip(reversed(g.unbind(1)), reversed(decay.unbind(1))):
-                carry = g_t.add_(carry) * decay_t  # (N, B, D)
-            grad_B[:, span] = _sum_channels(g * (dt_c * x_c), groups)
-            grad_C[:, span] = _sum_channels(states * grad_y_c, groups)
+            torch.mul(_grouped(grad_y_c, C_c), C_c, out=_grouped(g, C_c))
+            g_steps, decay_steps = g.unbind(1), decay.unbind(1)
+            g_steps[-1].add_(carry)
+            for t in reversed(range(len(x_c) - 1)):
+                g_steps[t].addcmul_(decay_steps[t + 1], g_steps[t + 1])
+            carry = decay[:, 0] * g[:, 0]  # (N, B, D)
+            grad_B[:, span] = _sum_channels(torch.mul(g, dt_c * x_c, out=product), groups)
+            grad_C[:, span] = _sum_channels(torch.mul(states, grad_y_c, out=product), groups)
             grad_dtx = _sum_states(g, B_c)  # (Q, B, D)
             w = g.mul_(decay)
             w[:, 1:].mul_(states[:, :-1])
@@ -257,7 +287,7 @@ class _SelectiveScan(torch.autograd.Function):
             grad_x[:, span] = (grad_dtx * dt_c).transpose(0, 1)
             grad_dt_c = _sum_states(w, A_rows[:, None, None, :, None])
             grad_dt[:, span] = grad_dt_c.addcmul_(grad_dtx, x_c).transpose(0, 1)
-            grad_A += (w * dt_c).sum((1, 2))
+            grad_A += torch.mul(w, dt_c, out=product).sum((1, 2))
         return grad_x, grad_dt, grad_A.t(), grad_B, grad_C, carry.permute(1, 2, 0)
 
 
@@ -281,6 +311,11 @@ def selective_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=Fal
     return _skip_and_gate(y, u, D, z).to(x.dtype), h
 
 
+def selective_scan_ref(x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, h0=None, backend="ref"):
+    """The selective scan as a literal loop over time: arguments, results and errors of `selective_scan`, any backend."""
+    return selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, h0, backend="ref")
+
+
 # ------------------------------------------------------------------------------------------------ SSD: loop, step
 def _check_ssd(x, log_decay, B, C, h0, chunk):
     _check("x", x, (None, None, None, None), "(B, L, H, P)")
@@ -292,11 +327,6 @@ def _check_ssd(x, log_decay, B, C, h0, chunk):
         _check("h0", h0, (batch, n_heads, head_dim, B.shape[3]), "(B, H, P, N)")
     if length == 0 or chunk < 1:
         raise ValueError(f"x has length {length} and chunk is {chunk}, expected both to be 1 or more")
-
-
-def ssd_ref(x, log_decay, B, C, h0=None, chunk=64, backend="ref"):
-    """SSD as a literal loop over time: arguments, results and errors of `ssd`, any chunk and backend."""
-    return ssd(x, log_decay, B, C, h0, chunk, backend="ref")
 
 
 def _ssd_loop(x, log_decay, B, C, h):
@@ -313,22 +343,40 @@ def ssd_step(h, x, log_decay, B, C):
     dtype = h.dtype
     h.mul_(log_decay.to(dtype).exp()[..., None, None])
     h.addcmul_(x.to(dtype)[..., None], B.to(dtype)[..., None, :])  # (B, H, P, 1) * (B, H, 1, N)
-    y = C.to(dtype)[..., None, :] @ h.transpose(-1, -2)  # (B, H, 1, N) @ (B, H, N, P), faster than h @ C[..., None]
+    with torch.autocast(h.device.type, enabled=False):
+        y = C.to(dtype)[..., None, :] @ h.transpose(-1, -2)  # (B, H, 1, N) @ (B, H, N, P), faster than h @ C[..., None]
     return y[..., 0, :].to(x.dtype)
 
 
 # ------------------------------------------------------------------------------------------------ SSD: matrices
-def _decay_matrix(log_decay):
-    """(..., L) -> (..., L, L): exp(sum_{k=s+1..t} log_decay_k) for s <= t, 0 above the diagonal.
+class _Decayed(torch.autograd.Function):
+    """T_ts = scores_ts exp(sum_{k=s+1..t} log_decay_k) for s <= t, 0 above: (..., L, L), (..., L) -> (..., L, L).
 
-    Differences of cumulative sums cancel badly in float32, so they are taken in float64, with the terms cut at -1000,
-    where exp is 0 anyway. Entries above the diagonal are masked before exp, which would overflow there.
+    The sum is total_t - total_s with cumulative sums `total`. Such differences cancel badly in float32, so total is a
+    float64 sum, of terms cut at -1000, where exp is 0 anyway, then split into a float32 and its float32 remainder: the
+    difference of each is cheap, and together they are exact to float32. Above the diagonal exp may overflow: it is
+    assigned 0 there, not multiplied by 0. Backward: w = grad_T * T is the gradient of total_t - total_s, so that of total
+    is row sums minus column sums of w, and log_decay_k is part of every total_t with t >= k.
     """
-    length = log_decay.shape[-1]
-    total = log_decay.double().clamp(min=-1000).cumsum(-1) * LOG2_E  # (..., L)
-    sums = (total[..., :, None] - total[..., None, :]).to(log_decay.dtype)  # (..., L, L)
-    future = torch.ones(length, length, dtype=torch.bool, device=log_decay.device).triu(1)
-    return sums.masked_fill(future, -torch.inf).exp2()
+
+    @staticmethod
+    def forward(ctx, scores, log_decay):
+        total = log_decay.double().clamp_(min=-1000).cumsum(-1).mul_(LOG2_E)  # (..., L)
+        high = total.to(log_decay.dtype)  # (..., L)
+        low = (total - high).to(log_decay.dtype)  # (..., L)
+        decay = high[..., :, None] - high[..., None, :]  # (..., L, L)
+        decay.add_(low[..., :, None]).sub_(low[..., None, :]).exp2_().tril_()
+        T = scores * decay  # (..., L, L)
+        ctx.save_for_backward(decay, T)
+        return T
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_T):
+        decay, T = ctx.saved_tensors
+        w = grad_T * T  # (..., L, L)
+        grad_total = w.sum(-1).double() - w.sum(-2)  # (..., L)
+        return grad_T * decay, grad_total.flip(-1).cumsum(-1).flip(-1).to(w.dtype)
 
 
 def mixing_matrix(log_decay, B, C):
@@ -343,7 +391,7 @@ def mixing_matrix(log_decay, B, C):
     log_decay, B, C = log_decay.to(dtype), B.to(dtype), C.to(dtype)
     with torch.autocast(B.device.type, enabled=False):
         scores = C.transpose(1, 2) @ B.permute(0, 2, 3, 1)  # (B, H, L, N) @ (B, H, N, L) -> (B, H, L, L)
-        return scores * _decay_matrix(log_decay.transpose(1, 2))
+        return _Decayed.apply(scores, log_decay.transpose(1, 2))
 
 
 def _split_chunks(u, chunk):
@@ -362,10 +410,11 @@ def _ssd_chunks(x, log_decay, B, C, h, chunk):
     """
     length, chunk = x.shape[1], min(chunk, x.shape[1])
     x, log_decay, B, C = (_split_chunks(u, chunk) for u in (x, log_decay, B, C))  # (B, H, L/Q, Q, P | - | N | N)
-    decay = _decay_matrix(log_decay)  # (B, H, L/Q, Q, Q)
+    inside = _Decayed.apply(C @ B.transpose(-1, -2), log_decay) @ x  # (B, H, L/Q, Q, Q) @ (B, H, L/Q, Q, P)
     from_start = log_decay.cumsum(-1).exp()  # (B, H, L/Q, Q)
-    inside = (C @ B.transpose(-1, -2) * decay) @ x  # (B, H, L/Q, Q, P)
-    adds = (x * decay[..., -1, :, None]).transpose(-1, -2) @ B  # (B, H, L/Q, P, N)
+    after = F.pad(log_decay[..., 1:], (0, 1))  # (B, H, L/Q, Q): what the next step forgets, nothing after the last
+    to_end = after.flip(-1).cumsum(-1).flip(-1).exp()  # (B, H, L/Q, Q)
+    adds = (x * to_end[..., None]).transpose(-1, -2) @ B  # (B, H, L/Q, P, N)
     starts = []
     for add, keep in zip(adds.unbind(2), from_start[..., -1].unbind(2)):
         starts.append(h)
@@ -391,3 +440,132 @@ def ssd(x, log_decay, B, C, h0=None, chunk=64, backend="auto"):
     with torch.autocast(x.device.type, enabled=False):
         y, h = _ssd_loop(u, log_decay, B, C, h0) if backend == "ref" else _ssd_chunks(u, log_decay, B, C, h0, chunk)
     return y.to(x.dtype), h
+
+
+def ssd_ref(x, log_decay, B, C, h0=None, chunk=64, backend="ref"):
+    """SSD as a literal loop over time: arguments, results and errors of `ssd`, any chunk and backend."""
+    return ssd(x, log_decay, B, C, h0, chunk, backend="ref")
+
+
+# ------------------------------------------------------------------------------------------------ check and time
+def _stepping(step):
+    """An in-place step as a function of its inputs: (state, ...) -> (y, new state)."""
+    def call(state, **inputs):
+        state = state.clone()
+        return step(state, **inputs), state
+    return call
+
+
+def _conv_by_torch(x, weight, bias, state):
+    padded = torch.cat([state, x.transpose(1, 2)], dim=2)  # (B, D, K-1+L)
+    return F.conv1d(padded, weight, bias, groups=x.shape[2]).transpose(1, 2), padded[..., x.shape[1]:]
+
+
+def _matrix_times_x(x, log_decay, B, C):
+    return (mixing_matrix(log_decay, B, C) @ x.transpose(1, 2)).transpose(1, 2)  # (B, H, L, L) @ (B, H, L, P)
+
+
+def _random_inputs(batch, length, d_inner, d_state=16, head_dim=32, width=4):
+    """Arguments of causal_conv, selective_scan and ssd, as three dicts."""
+    randn, groups, n_heads = torch.randn, max(1, d_inner // d_state), max(1, d_inner // head_dim)
+    conv = dict(x=randn(batch, length, d_inner), weight=randn(d_inner, 1, width), bias=randn(d_inner),
+                state=randn(batch, d_inner, width - 1))
+    scan = dict(x=conv["x"], dt=randn(batch, length, d_inner), A=-torch.rand(d_inner, d_state),
+                B=randn(batch, length, groups, d_state), C=randn(batch, length, groups, d_state), D=randn(d_inner),
+                z=randn(batch, length, d_inner), dt_bias=randn(d_inner), h0=randn(batch, d_inner, d_state))
+    heads = dict(x=randn(batch, length, n_heads, head_dim), log_decay=-torch.rand(batch, length, n_heads),
+                 B=randn(batch, length, n_heads, head_dim), C=randn(batch, length, n_heads, head_dim),
+                 h0=randn(batch, n_heads, head_dim, head_dim))
+    return conv, scan, heads
+
+
+def _sequence_cases(batch, length, d_inner):
+    """name -> (fast function, reference, inputs), both functions of the same inputs and differentiable in them."""
+    conv, scan, heads = _random_inputs(batch, length, d_inner)
+    without_h0 = {name: tensor for name, tensor in heads.items() if name != "h0"}
+    softplus = dict(dt_softplus=True)
+    return {
+        "causal_conv": (causal_conv, _conv_by_torch, conv),
+        "selective_scan": (partial(selective_scan, **softplus), partial(selective_scan_ref, **softplus), scan),
+        "ssd": (ssd, ssd_ref, heads),
+        "mixing_matrix @ x": (_matrix_times_x, lambda **inputs: ssd_ref(**inputs)[0], without_h0),
+    }
+
+
+def _step_cases(batch, d_inner):
+    """name -> (one step, the same as a sequence of length 1, inputs). The reference gives the token a time axis."""
+    conv, scan, heads = _random_inputs(batch, 1, d_inner)
+    softplus, in_time = dict(dt_softplus=True), {"x", "dt", "z", "B", "C", "log_decay"}
+
+    def case(step, sequence, inputs, state_name):
+        token = {name: tensor[:, 0] if name in in_time else tensor for name, tensor in inputs.items() if name != state_name}
+
+        def as_sequence(state, **token):
+            timed = {name: tensor[:, None] if name in in_time else tensor for name, tensor in token.items()}
+            y, state = sequence(**timed, **{state_name: state})
+            return y[:, 0], state
+
+        return _stepping(step), as_sequence, dict(state=inputs[state_name], **token)
+
+    return {
+        "causal_conv_step": case(causal_conv_step, _conv_by_torch, conv, "state"),
+        "selective_step": case(partial(selective_step, **softplus), partial(selective_scan_ref, **softplus), scan, "h0"),
+        "ssd_step": case(ssd_step, ssd_ref, heads, "h0"),
+    }
+
+
+def _results(function, inputs, gradients):
+    """All outputs and, if asked for, the gradient of the sum of their squares with respect to each input."""
+    leaves = {name: tensor.detach().requires_grad_(gradients) for name, tensor in inputs.items()}
+    outputs = function(**leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    if not gradients:
+        return outputs
+    loss = sum(output.square().sum() for output in outputs)
+    return *outputs, *torch.autograd.grad(loss, leaves.values())
+
+
+def _largest_error(found, wanted):
+    """The largest difference, each tensor relative to its own largest entry."""
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, wanted))
+
+
+def _seconds(functions, inputs, gradients, repeats):
+    """Median seconds of each function, after a warm-up, the functions taking turns."""
+    times = [[] for _ in functions]
+    for _ in range(repeats + 1):
+        for function, record in zip(functions, times):
+            start = time.perf_counter()
+            _results(function, inputs, gradients)
+            record.append(time.perf_counter() - start)
+    return [statistics.median(record[1:]) for record in times]
+
+
+def _report(cases, gradients, repeats):
+    """Check and time each case, one line each; stop at a wrong one."""
+    for name, (fast, reference, inputs) in cases.items():
+        error = _largest_error(_results(fast, inputs, gradients), _results(reference, inputs, gradients))
+        fast_s, reference_s = _seconds((fast, reference), inputs, gradients, repeats)
+        print(f"{name:18}{error:14.1e}{1e3 * fast_s:10.2f}{1e3 * reference_s:14.2f}{reference_s / fast_s:8.1f}")
+        if not error < 1e-4:
+            raise SystemExit(f"kernels.py: {name} differs from its reference by {error:.1e} of its scale, allowed 1e-4")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Check every kernel against its reference and time both.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--batch", type=int, default=8, help="sequences; the steps take 32 times as many")
+    parser.add_argument("--length", type=int, default=256, help="tokens in each")
+    parser.add_argument("--channels", type=int, default=64, help="inner width, a multiple of 32")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs, of which the median is printed")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    print(f"batch {args.batch}, length {args.length}, channels {args.channels}, float32, {torch.get_num_threads()} threads, "
+          f"PyTorch {torch.__version__}; sequences: forward and backward, steps: forward")
+    print(f"{'':18}{'largest error':>14}{'fast ms':>10}{'reference ms':>14}{'ratio':>8}")
+    _report(_sequence_cases(args.batch, args.length, args.channels), True, args.repeats)
+    _report(_step_cases(32 * args.batch, args.channels), False, 10 * args.repeats)
+
+
+if __name__ == "__main__":
+    main()

@@ -513,8 +513,7 @@ class LM(nn.Module):
         dtype: of the weights in memory (default: as stored), except FLOAT32_PARAMETERS. Raises FileNotFoundError for
         a missing file and ValueError for an unsupported model or a missing, extra or misshapen tensor, naming it.
         """
-        with open(os.path.join(folder, "config.json")) as f:
-            config = from_hf_config(json.load(f))
+        config = from_hf_config(read_config(folder))
         tensors = read_safetensors(folder)
         if config.tie_embeddings:
             tensors.pop("lm_head.weight", None)  # some tied checkpoints store it twice
@@ -612,12 +611,29 @@ def from_hf_config(values):
     return Config(**{field: values[key] for field, key in HF_KEYS.items() if key in values})
 
 
+def read_config(folder):
+    """The dict of a folder's config.json."""
+    path = os.path.join(folder, "config.json")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no checkpoint in {folder}: expected config.json and model.safetensors there")
+    try:
+        with open(path) as f:
+            return json.load(f)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not readable JSON: {error}") from None
+
+
 def read_safetensors(folder):
     """All tensors of model.safetensors, or of the shards that model.safetensors.index.json names."""
     index = os.path.join(folder, "model.safetensors.index.json")
-    names = sorted(set(json.load(open(index))["weight_map"].values())) if os.path.exists(index) else ["model.safetensors"]
+    names = ["model.safetensors"]
+    if os.path.exists(index):
+        with open(index) as f:
+            names = sorted(set(json.load(f)["weight_map"].values()))
     tensors = {}
     for path in (os.path.join(folder, name) for name in names):
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"no such file: {path}")
         try:
             with safe_open(path, framework="pt") as f:
                 tensors.update({key: f.get_tensor(key) for key in f.keys()})

@@ -268,6 +268,9 @@ def sample_model(model_folder, folder, problems, args):
     path = os.path.join(folder, "samples.jsonl")
     records = read_samples(path)
     done, tokens = {(r["problem"], r["sample"]) for r in records}, sum(r["num_tokens"] for r in records)
+    if len(done) == len(problems) * args.num_samples:
+        print(f"{path}: finished")
+        return
     offset = seconds = records[-1]["seconds"] if records else 0.0
     write_summary(folder, settings, lm, tokens, seconds)
     prompts = [tokenizer.chat(problem.question) for problem in problems]

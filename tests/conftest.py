@@ -1,0 +1,75 @@
+"""What the test files share: tiny models for every pattern of mixers, a task in a file, and a trained teacher."""
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are so small that threads only get in each other's way
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import pytest
+
+PATTERNS = {
+    "attention": ["attention"] * 3,
+    "mamba": ["mamba"] * 3,
+    "mamba2": ["mamba2"] * 3,
+    "attention+mamba": ["mamba", "attention", "mamba"],
+    "attention+mamba2": ["attention", "mamba2", "mamba2"],
+    "all three": ["mamba2", "mamba", "attention"],
+}
+
+
+@pytest.fixture(params=PATTERNS.values(), ids=PATTERNS.keys())
+def pattern(request):
+    """The mixers of a model: a property of the model has to hold for all of them."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def make_lm():
+    """make_lm(mixers, **config fields): a tiny model with 4 query heads on 2 kv heads. No parameter is left at a value
+    such as 0 or 1 that would hide a mistake in its use."""
+    import torch
+    from model import LM, Config
+
+    def make(mixers=("attention",) * 3, seed=0, **fields):
+        torch.manual_seed(seed)
+        shape = dict(vocab_size=50, d_model=32, n_layers=len(mixers), n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48)
+        lm = LM(Config(**shape | fields, mixers=mixers)).eval()
+        with torch.no_grad():
+            for parameter in lm.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+        return lm.requires_grad_(False)
+    return make
+
+
+@pytest.fixture(scope="session")
+def task_file(tmp_path_factory):
+    """A .jsonl task of 60 short problems with worked solutions, so that no test waits for the built-in task."""
+    path = tmp_path_factory.mktemp("task") / "sums.jsonl"
+    rows = [dict(question=f"{a} +{b} +{b}", solution=f"{a:02d} +{b} = {a + b:02d}\n\\boxed{{{a + 2 * b}}}", answer=a + 2 * b)
+            for a in range(10, 70, 5) for b in range(1, 6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+TINY = ["--pretrain", "--d-model", "32", "--n-layers", "2", "--n-heads", "2", "--d-ff", "64", "--batch-tokens", "512",
+        "--matrix-length", "16", "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def tiny_options(task_file):
+    """Options with which distill.py takes a second: a tiny model and the task of `task_file`."""
+    return ["--task", task_file, *TINY]
+
+
+@pytest.fixture(scope="session")
+def tiny_out(tmp_path_factory, tiny_options):
+    """out/ with a pre-trained teacher and both students, made once. Read only: tests work on copies."""
+    import distill
+    out = tmp_path_factory.mktemp("tiny") / "out"
+    distill.main([*tiny_options, "--out", str(out), "--pretrain-steps", "60", "--matrices-steps", "10", "--hidden-steps",
+                  "30", "--kl-steps", "30"])
+    return out
