@@ -29,24 +29,24 @@ class Problem:
 
 
 # ------------------------------------------------------------------------------------------------ the built-in task
-# One real example; 8) means eight additions are left, [2] two rounds:
+# One real example; 2.9) means that two rounds and nine additions are left:
 #
-#   In each of 2 rounds do +7 nine times, then x13, keeping four digits. Start: 4821
+#   In each of 2 rounds do +9 9 times, then x13, keeping four digits. Start: 4821
 #
-#   9) 4821 +7 = 4828
-#   8) 4828 +7 = 4835
+#   2.9) 4821 +9 = 4830
+#   2.8) 4830 +9 = 4839
 #   ...
-#   1) 4877 +7 = 4884
-#   [2] 4884 x13 = 3492
-#   9) 3492 +7 = 3499
+#   2.1) 4893 +9 = 4902
+#   2.0) 4902 x13 = 3726
+#   1.9) 3726 +9 = 3735
 #   ...
-#   1) 3548 +7 = 3555
-#   [1] 3555 x13 = 6215
-#   \boxed{6215}
+#   1.1) 3798 +9 = 3807
+#   1.0) 3807 x13 = 9491
+#   \boxed{9491}
 #
 # Additions are easy and fill the page. A multiplication has to be done in the head, carries and all, and a small model
 # gets it right only some of the time: the problems with many rounds and large multipliers are the hard ones.
-ROUNDS, ADDITIONS, ADDENDS = (1, 6), 9, (1, 9)
+ROUNDS, ADDENDS = (1, 6), (3, 15)
 # All coprime to 10: a round is then a bijection of the four-digit numbers, so a mistake is never forgotten and the
 # answer is right only if the whole chain is (a later mistake that happens to undo it aside).
 MULTIPLIERS = (3, 7, 9, 13)
@@ -57,14 +57,15 @@ def arithmetic_problem(rng):
     """One problem drawn from `rng` (random.Random), as (question, solution, answer)."""
     number, rounds = rng.randrange(10_000), rng.randint(*ROUNDS)
     add, times = rng.randint(*ADDENDS), rng.choice(MULTIPLIERS)
-    question = f"In each of {rounds} rounds do +{add} nine times, then x{times}, keeping four digits. Start: {number:04d}"
+    question = (f"In each of {rounds} rounds do +{add} {add} times, then x{times}, keeping four digits. "
+                f"Start: {number:04d}")
     lines = []
     for rounds_left in range(rounds, 0, -1):
-        for additions_left in range(ADDITIONS, 0, -1):
+        for additions_left in range(add, 0, -1):
             before, number = number, (number + add) % 10_000
-            lines.append(f"{additions_left}) {before:04d} +{add} = {number:04d}\n")
+            lines.append(f"{rounds_left}.{additions_left}) {before:04d} +{add} = {number:04d}\n")
         before, number = number, number * times % 10_000
-        lines.append(f"[{rounds_left}] {before:04d} x{times} = {number:04d}\n")
+        lines.append(f"{rounds_left}.0) {before:04d} x{times} = {number:04d}\n")
     return question, "".join(lines) + f"\\boxed{{{number:04d}}}", f"{number:04d}"
 
 
@@ -164,12 +165,12 @@ class Tokenizer:
 def arithmetic_definition():
     """The built-in task's tokenizer: 256 bytes, all two-digit numbers, and the words of the task, one token each.
 
-    With two digits a token (Llama 3 has up to three) and +7 or x13 as one, the operands of a step are at most three
-    tokens away, within the reach of a convolution of width 4. Any other text falls back to bytes, so every text survives encode and decode.
+    With two digits a token (Llama 3 has up to three) and 2.9) or +7 or x13 as one, the operands of a step are at most
+    three tokens away, within the reach of a convolution of width 4. Any other text falls back to bytes, so every text survives encode and decode.
     """
     rng = random.Random(0)
     text = "\n".join(itertools.chain.from_iterable(arithmetic_problem(rng)[:2] for _ in range(1000)))
-    pattern = r"\d+\)|\[\d+\]| [+x]\d+| ?\d\d| ?\d| ?[^\s\d]+|\s"
+    pattern = r"\d+\.\d+\)| [+x]\d+| ?\d\d| ?\d| ?[^\s\d]+|\s"
     pairs = [f"{space}{number:02d}" for space in ("", " ") for number in range(100)]
     words = sorted({piece for piece in re.findall(pattern, text) if len(piece) > 1} - set(pairs))
     tokens = [bytes([byte]) for byte in range(256)] + [token.encode() for token in pairs + words]

@@ -56,7 +56,7 @@ def extract_answer(text):
 def last_boxed(text):
     r"""The inside of the last complete \boxed{...}, or None. One pass with a stack: linear in the length of the text."""
     opened, last = [], None  # for every open brace: is it a \boxed, and where does its inside start?
-    for token in re.finditer(r"(\\boxed\s*\{)|(?:\\.|([{}]))", text, flags=re.DOTALL):  # \\. skips \{ and \}
+    for token in re.finditer(r"(\\boxed\s*\{)|\\.|([{}])", text, flags=re.DOTALL):  # \\. skips \{ and \}
         if token[1] or token[2] == "{":
             opened.append((bool(token[1]), token.end()))
         elif token[2] and opened:
@@ -111,16 +111,14 @@ def equivalent(answer, gold):
     """Are two LaTeX expressions equal by math-verify? False if it cannot tell within CHECK_SECONDS."""
     global _verifier
     with _lock:
-        if _verifier is None:
-            _verifier = start_verifier()
-        try:
-            _verifier.stdin.write(json.dumps([answer, gold]).encode() + b"\n")
-            verdict = _verifier.stdout.readline()
-        except BrokenPipeError:
-            verdict = b""
-        if not verdict:  # it is dead
-            _verifier.communicate()  # closes the pipes and waits
-            _verifier = None
+        verdict, process, _verifier = b"", _verifier or start_verifier(), None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(json.dumps([answer, gold]).encode() + b"\n")
+            verdict = process.stdout.readline()
+        if verdict:
+            _verifier = process  # alive: it takes the next question too
+        else:
+            process.communicate()  # closes its pipes
         return verdict == b"True\n"
 
 
@@ -189,7 +187,7 @@ def powers_of_two(n):
 
 
 def subsets_of(n, k, seed):
-    """Subsets of k of n samples as rows of indices, (S, k): all of them for k = 1 and k = n, else NUM_SUBSETS random ones."""
+    """Subsets of k of n samples, (S, k) indices: all of them for k = 1 and k = n, else NUM_SUBSETS random ones."""
     if k in (1, n):
         return np.arange(n).reshape(-1, k)
     everything = np.tile(np.arange(n), (NUM_SUBSETS, 1))
@@ -226,75 +224,70 @@ def read_records(path, fields):
     with open(path, encoding="utf-8", errors="replace") as f:
         for number, line in enumerate(f, 1):
             try:
-                records.append(json.loads(line))
-                if not all(isinstance(records[-1][field], kind) for field, kind in fields.items()):
-                    raise TypeError
-            except (ValueError, KeyError, TypeError):
-                if line.endswith("\n"):
-                    raise ValueError(f"{path}, line {number}: expected an object with {', '.join(fields)}, found "
-                                     f"{line[:80].strip()}: repair or delete the line") from None
-    if not records:
-        raise ValueError(f"{path} is empty: run python sample.py first")
+                record = json.loads(line)
+                wrong = [field for field, kind in fields.items() if not isinstance(record[field], kind)]
+            except (ValueError, KeyError, TypeError) as error:
+                wrong = [error]
+            if not wrong:
+                records.append(record)
+            elif line.endswith("\n"):
+                raise ValueError(f"{path}, line {number} is not an object with {', '.join(fields)} ({wrong[0]}): "
+                                 f"{line[:80].strip()}; repair or delete it")
     return records
 
 
 class Run:
-    """One model's samples, graded: P problems with n samples each.
-
-    problems: P lists of n records; answers: the same of normalised answers or None; codes (P, n): the answers of a
-    problem numbered from 0, -1 for None; right (P, n) bool; scores (P, n) or None; coverage (P, n): column k - 1 is the
-    chance that k of a problem's samples cover it; seconds (n,): seconds[k - 1] is the measured moment at which every
-    problem had k completions; sidecar: samples.json, the settings and the machine.
-    """
+    """One model's samples, graded: P problems with n samples each."""
 
     def __init__(self, folder):
-        self.name, sidecar = os.path.basename(folder), os.path.join(folder, "samples.json")
-        self.sidecar = read_json(sidecar) if os.path.exists(sidecar) else {}
-        problems = {}
-        for record in read_records(os.path.join(folder, "samples.jsonl"), SAMPLE):
-            problems.setdefault(record["problem"], {})[record["sample"]] = record
-        problems = [[samples[s] for s in sorted(samples)] for _, samples in sorted(problems.items())]
-        n = min(map(len, problems))
-        if any(len(samples) > n for samples in problems):
-            print(f"{self.name}: {n} samples of each problem count, as some have no more (python sample.py completes them)")
-        self.seconds = np.max([sorted(r["seconds"] for r in samples)[:n] for samples in problems], axis=0)
-        self.problems = [samples[:n] for samples in problems]
-        self.scores = self.read_scores(os.path.join(folder, "scores.jsonl"))
-        self.grade()
-        self.coverage = np.array([[pass_at_k(n, c, k) for k in range(1, n + 1)] for c in self.right.sum(1).tolist()])
+        path = functools.partial(os.path.join, folder)
+        self.name, problems = os.path.basename(folder), {}
+        for r in read_records(path("samples.jsonl"), SAMPLE):
+            problems.setdefault(r["problem"], {})[r["sample"]] = r
+        if not problems:
+            raise ValueError(f"{path('samples.jsonl')} is empty: run python sample.py first")
+        for r in read_records(path("scores.jsonl"), SCORE) if os.path.exists(path("scores.jsonl")) else []:
+            problems.get(r["problem"], {}).get(r["sample"], {})["score"] = r["score"]
+        n, most = min(map(len, problems.values())), max(map(len, problems.values()))
+        if n < most:
+            print(f"{self.name}: some problems have only {n} of {most} samples, so {n} of each count; run python sample.py")
+        self.sidecar = read_json(path("samples.json")) if os.path.exists(path("samples.json")) else {}
+        self.problems = [[samples[s] for s in sorted(samples)[:n]] for _, samples in sorted(problems.items())]  # P x n
+        self.has_scores = all("score" in r for problem in self.problems for r in problem)
+        if os.path.exists(path("scores.jsonl")) and not self.has_scores:
+            print(f"{self.name}: scores.jsonl lacks some of the samples, so it does not count")
+        # (n,): seconds[k - 1] is the measured moment at which every problem had k completions
+        self.seconds = np.max([sorted(r["seconds"] for r in samples.values())[:n] for samples in problems.values()], axis=0)
+        self.grade(n)
 
-    def read_scores(self, path):
-        if not os.path.exists(path):
-            return None
-        scores = {(r["problem"], r["sample"]): float(r["score"]) for r in read_records(path, SCORE)}
-        try:
-            return np.array([[scores[r["problem"], r["sample"]] for r in samples] for samples in self.problems])
-        except KeyError as error:
-            raise ValueError(f"{path} has no score of (problem, sample) = {error}: score all, or delete the file") from None
-
-    def grade(self):
-        self.answers, self.codes, self.right = [], [], []
-        for samples in tqdm(self.problems, desc=f"grading {self.name}", unit="problem", leave=False, disable=None):
-            answers = [normalise(extract_answer(r["completion"]) or "") or None for r in samples]
+    def grade(self, n):
+        self.answers = []  # P lists of n normalised answers or None
+        self.codes = np.full((len(self.problems), n), -1)  # (P, n): the answers of a problem, numbered; -1 for None
+        self.right = np.zeros((len(self.problems), n), bool)
+        bar = tqdm(self.problems, desc=f"grading {self.name}", unit="problem", leave=False, disable=None)
+        for p, problem in enumerate(bar):
+            answers = [normalise(extract_answer(r["completion"]) or "") or None for r in problem]
             numbers = {answer: code for code, answer in enumerate(dict.fromkeys(answers)) if answer is not None}
             self.answers.append(answers)
-            self.codes.append([numbers.get(answer, -1) for answer in answers])
-            self.right.append([is_correct(answer, r["gold"]) for answer, r in zip(answers, samples)])
-        self.codes, self.right = np.array(self.codes), np.array(self.right)
+            self.codes[p] = [numbers.get(answer, -1) for answer in answers]
+            self.right[p] = [is_correct(answer, r["gold"]) for answer, r in zip(answers, problem)]
+        # (P, n): column k - 1 is the chance that k of a problem's samples cover it
+        self.coverage = np.array([[pass_at_k(n, c, k) for k in range(1, n + 1)] for c in self.right.sum(1).tolist()])
 
     def votes(self, rule, ks, seed):
         """Chance that the vote among k of a problem's samples is right, for each k: (P, len(ks))."""
-        codes, n = self.codes, len(self.seconds)
-        weights = np.ones(codes.shape) if rule == "majority" else self.scores
+        codes, weights = self.codes, np.ones(self.codes.shape)
+        if rule != "majority":
+            weights = np.array([[r["score"] for r in problem] for problem in self.problems], float)
         if rule == "best_of_n":  # a weighted vote in which every answer stands for itself
-            codes = np.where(codes < 0, -1, np.arange(n))
-        subsets = [subsets_of(n, k, seed) for k in ks]
+            codes = np.where(codes < 0, -1, np.arange(codes.shape[1]))
+        subsets = [subsets_of(codes.shape[1], k, seed) for k in ks]
         return np.array([[vote_accuracy(*problem, s) for s in subsets] for problem in zip(codes, self.right, weights)])
 
 
 def luck(run):
     """Coverage at n against the answer of another problem, the one before: what guesses of this kind would cover."""
-    golds = [normalise(samples[0]["gold"]) for samples in run.problems]
+    golds = [normalise(problem[0]["gold"]) for problem in run.problems]
     hits = [golds[p - 1] in run.answers[p] for p in range(len(golds)) if golds[p - 1] != golds[p]]
     return float(np.mean(hits)) if hits else None
 
@@ -303,14 +296,14 @@ def summarise(run, seed):
     """A model's entry of results.json."""
     records, sidecar = list(itertools.chain(*run.problems)), run.sidecar
     ks, tokens = powers_of_two(len(run.seconds)), sum(r["num_tokens"] for r in records)
-    entry = dict(
-        params=sidecar.get("params"), tokens_per_second=sidecar.get("tokens_per_second") or tokens / run.seconds[-1],
-        num_problems=len(run.problems), num_samples=len(run.seconds), answered=float((run.codes >= 0).mean()),
-        finished=float(np.mean([r["finish"] == "stop" for r in records])), mean_tokens=tokens / len(records),
-        luck=luck(run), device=sidecar.get("device"), dtype=sidecar.get("dtype"), date=sidecar.get("date"),
-        task=sidecar.get("settings", {}).get("task"), k=ks.tolist(), seconds=run.seconds[ks - 1].tolist())
+    entry = {key: sidecar.get(key) for key in ("params", "device", "dtype", "date")} | dict(
+        task=sidecar.get("settings", {}).get("task"),
+        tokens_per_second=sidecar.get("tokens_per_second") or float(tokens / run.seconds[-1]),
+        num_problems=len(run.problems), num_samples=len(run.seconds), mean_tokens=tokens / len(records),
+        answered=float((run.codes >= 0).mean()), finished=float(np.mean([r["finish"] == "stop" for r in records])),
+        luck=luck(run), k=ks.tolist(), seconds=run.seconds[ks - 1].tolist())
     curves = {"coverage": run.coverage[:, ks - 1]}
-    for rule in ("majority",) if run.scores is None else ("majority", "best_of_n", "weighted"):
+    for rule in ("majority", "best_of_n", "weighted") if run.has_scores else ("majority",):
         curves[rule] = run.votes(rule, ks, seed)
     for name, values in curves.items():
         for suffix, numbers in zip(("", "_low", "_high"), mean_low_high(values, seed)):
@@ -321,7 +314,7 @@ def summarise(run, seed):
 # ------------------------------------------------------------------------------------------------ two models
 def are_comparable(teacher, student):
     """Same problems? Says so if not. Other settings that differ are named: they may explain a difference in time."""
-    asked = [[(samples[0]["question"], samples[0]["gold"]) for samples in r.problems] for r in (teacher, student)]
+    asked = [[(problem[0]["question"], problem[0]["gold"]) for problem in r.problems] for r in (teacher, student)]
     if asked[0] != asked[1]:
         print(f"{student.name} and {teacher.name} were sampled on different problems: not compared")
         return False
@@ -332,13 +325,16 @@ def are_comparable(teacher, student):
     return True
 
 
-def plain(numbers):
-    """Numbers for JSON, which has null for NaN."""
-    return [None if number != number else number for number in np.asarray(numbers).tolist()]
-
-
 def rows(**columns):
-    return [dict(zip(columns, row)) for row in zip(*map(plain, columns.values()))]
+    """Columns of numbers as a list of rows for JSON, which has null for NaN."""
+    columns = {name: [None if x != x else x for x in column.tolist()] for name, column in columns.items()}
+    return [dict(zip(columns, row)) for row in zip(*columns.values())]
+
+
+def when_covered(run, goals):
+    """The moment of the first round with each coverage (above 0) of goals; NaN for never."""
+    reached = np.searchsorted(run.coverage.mean(0) + 1e-9, np.where(goals > 0, goals, np.inf))
+    return np.append(run.seconds, np.nan)[reached]
 
 
 def ahead(teacher, student, seed):
@@ -354,12 +350,13 @@ def ahead(teacher, student, seed):
     rounds = np.searchsorted(student.seconds, seconds, side="right")  # (n,) the student's k at the teacher's moments
     counts = np.where(rounds > 0, 1, np.nan)
     lead, low, high = counts * mean_low_high(100 * (student.coverage[:, rounds - 1] - teacher.coverage), seed)
-    best = np.nan_to_num(lead, nan=-np.inf).argmax()
-    entry = dict(zip(("best_lead", "best_lead_low", "best_lead_high", "best_lead_seconds"),
-                     plain([lead[best], low[best], high[best], counts[best] * seconds[best]])))
+    best = [np.nan_to_num(lead, nan=-np.inf).argmax()]
+    entry, = rows(best_lead=lead[best], best_lead_low=low[best], best_lead_high=high[best],
+                  best_lead_seconds=counts[best] * seconds[best])
 
-    stretches = [list(moments) for is_ahead, moments in itertools.groupby(range(len(lead)), lambda i: lead[i] > 1e-9) if is_ahead]
-    entry["budgets"] = [[float(seconds[moments[0]]), float(seconds[moments[-1]])] for moments in stretches]
+    stretches = [seconds[list(moments)].tolist() for is_ahead, moments
+                 in itertools.groupby(range(len(lead)), lambda i: lead[i] > 1e-9) if is_ahead]
+    entry["budgets"] = [[stretch[0], stretch[-1]] for stretch in stretches]
     entry["span"] = max((end / start for start, end in entry["budgets"]), default=None)
 
     at, ours = ks - 1, rounds[ks - 1]
@@ -371,10 +368,8 @@ def ahead(teacher, student, seed):
         lead=lead[at], lead_low=low[at], lead_high=high[at])
 
     goals = teacher.coverage.mean(0)[at]
-    reached = np.searchsorted(student.coverage.mean(0) + 1e-9, goals)  # index of the student's first k that covers as much
-    student_seconds = np.append(student.seconds, np.nan)[reached]  # NaN: never
-    entry["equal_coverage"] = rows(k=ks, coverage=goals, teacher_seconds=seconds[at], student_seconds=student_seconds,
-                                   ratio=seconds[at] / student_seconds)
+    theirs, ours = when_covered(teacher, goals), when_covered(student, goals)
+    entry["equal_coverage"] = rows(k=ks, coverage=goals, teacher_seconds=theirs, student_seconds=ours, ratio=theirs / ours)
     return entry
 
 
@@ -398,7 +393,7 @@ def with_interval(entry, key, form="+.1f"):
 
 
 def model_table(models):
-    n = max(m["num_samples"] for m in models.values())
+    n = "/".join(map(str, sorted({m["num_samples"] for m in models.values()})))
     return table(
         ["model", "parameters", "tokens/s", "samples", "seconds", "luck", "pass@1", f"coverage@{n}", f"majority@{n}"],
         [[name, text(m["params"], ","), text(m["tokens_per_second"], ",.0f"), f"{m['num_problems']} x {m['num_samples']}",
@@ -407,26 +402,28 @@ def model_table(models):
 
 
 def budget_table(teacher, name, entry):
-    return table(
-        ["seconds", f"{teacher}: k", "coverage", "majority", f"{name}: k", "coverage", "majority", "lead, points", "as fast to it"],
-        [[text(r["seconds"], ".2f"), text(r["teacher_k"], ""), text(r["teacher_coverage"], ".1%"),
-          text(r["teacher_majority"], ".1%"), text(r["student_k"], ""), text(r["student_coverage"], ".1%"),
-          text(r["student_majority"], ".1%"), with_interval(r, "lead"), f"{equal['ratio']:.2f} x" if equal["ratio"] else "never"]
-         for r, equal in zip(entry["table"], entry["equal_coverage"])])
+    columns = dict(seconds=".2f", teacher_k="", teacher_coverage=".1%", teacher_majority=".1%", student_k="",
+                   student_coverage=".1%", student_majority=".1%")
+    header = [key.replace("_", " ").replace("teacher", teacher).replace("student", name) for key in columns]
+    return table(header + ["lead, points", "times as fast"], [
+        [text(row[key], form) for key, form in columns.items()] + [with_interval(row, "lead"), text(equal["ratio"], ".2f")]
+        for row, equal in zip(entry["table"], entry["equal_coverage"])])
 
 
 def verdict(teacher, name, entry):
     """A student's result in one line."""
     if entry["best_lead"] is None:
-        return f"{name} completes no round of samples before {teacher} has completed its last."
+        return f"{name} completes no round of samples before {teacher} has completed all."
     ratios = [row["ratio"] for row in entry["equal_coverage"] if row["ratio"]]
-    where = f"ahead of {teacher} at no time budget"
+    speed = "never equals its coverage"
+    if ratios:
+        speed = f"reaches equal coverage {min(ratios):.2f} to {max(ratios):.2f} times as fast"
+    where = "at no time budget"
     if entry["budgets"]:
         start, end = max(entry["budgets"], key=lambda budget: budget[1] / budget[0])
-        where = f"ahead of {teacher} at budgets from {start:.1f} to {end:.1f} s (a factor of {entry['span']:.1f})"
-    return (f"{name} is {where}, in coverage at best by {with_interval(entry, 'best_lead')} points at "
-            f"{entry['best_lead_seconds']:.1f} s; to equal coverage it is "
-            + (f"{min(ratios):.2f} to {max(ratios):.2f} times as fast." if ratios else "never as fast."))
+        where = f"at budgets from {start:.1f} to {end:.1f} s (a factor of {entry['span']:.1f})"
+    return (f"{name} is ahead of {teacher} {where}, at best by {with_interval(entry, 'best_lead')} points at "
+            f"{entry['best_lead_seconds']:.1f} s; it {speed}.")
 
 
 def report(results):
@@ -435,10 +432,12 @@ def report(results):
     made = dict.fromkeys(f"{m['task'] or 'samples'} on {m['device']}, {m['dtype']}, {m['date']}" for m in models.values())
     parts = [model_table(models), f"Sampled: {'; '.join(made)}. In brackets: 95% intervals, by bootstrap over problems. "
              "Luck: the share of problems whose samples hold another problem's answer."]
-    for name, entry in ((name, m["ahead"]) for name, m in models.items() if "ahead" in m):
-        parts += [f"**{verdict(teacher, name, entry)}** At the moments at which {teacher} completes 1, 2, 4, ... samples "
-                  f"of every problem:", budget_table(teacher, name, entry)]
-    return "\n\n".join(parts)
+    students = [name for name in models if "ahead" in models[name]]
+    parts += [f"**{verdict(teacher, name, models[name]['ahead'])}**" for name in students]
+    if students:
+        parts.append(f"Below, what each has when {teacher} completes 1, 2, 4, ... samples of every problem, and how many "
+                     f"times as fast the student is to the coverage that {teacher} has then (-: never).")
+    return "\n\n".join(parts + [budget_table(teacher, name, models[name]["ahead"]) for name in students])
 
 
 # ------------------------------------------------------------------------------------------------ the script
@@ -456,7 +455,7 @@ def parse_args(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="out", help="folder with one folder per model")
     parser.add_argument("--model", nargs="+", metavar="NAME", help="grade only these; default: all that have samples")
-    parser.add_argument("--teacher", metavar="NAME", help="compare the others with this one; default: teacher, if it is there")
+    parser.add_argument("--teacher", metavar="NAME", help="compare the others with this one; default: teacher")
     parser.add_argument("--seed", type=int, default=0, help="of the random subsets (votes) and the bootstrap")
     return parser.parse_args(argv)
 
@@ -464,11 +463,14 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     names = find_samples(args.out)
-    for name in [*(args.model or []), args.teacher or names[0]]:
+    wanted = (args.model or names) + ([args.teacher] if args.teacher else [])
+    for name in wanted:
         if name not in names:
             raise ValueError(f"no samples of {name} under {args.out}/: choose from {', '.join(names)}")
-    runs = {name: Run(os.path.join(args.out, name)) for name in names if name in (args.model or names)}
+    runs = {name: Run(os.path.join(args.out, name)) for name in names if name in wanted}
     teacher = runs.get(args.teacher or "teacher")
+    if not teacher:
+        print("no teacher among these models, so none to compare with: name one with --teacher")
     results = dict(teacher=teacher and teacher.name, seed=args.seed,
                    models={name: summarise(run, args.seed) for name, run in runs.items()})
     for name, student in runs.items():

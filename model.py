@@ -129,8 +129,11 @@ def rope_frequencies(config):
         return frequencies
     if kind != "llama3":
         raise ValueError(f"unsupported RoPE type {kind!r}: only 'default' and 'llama3' are implemented")
-    factor, low, high = (scaling[key] for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # within the original context
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    if missing := [key for key in keys if key not in scaling]:
+        raise ValueError(f"llama3 RoPE scaling lacks {', '.join(missing)}")
+    factor, low, high, original = (scaling[key] for key in keys)
+    turns = original * frequencies / (2 * math.pi)  # full turns within the original context
     keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: divide by factor, 1: keep
     return (1 - keep) * frequencies / factor + keep * frequencies
 
@@ -270,8 +273,8 @@ class Mamba(nn.Module):
         self.dt_proj.bias.data.copy_(dt + torch.log(-torch.expm1(-dt)))
 
     def init_cache(self, batch, max_length, device, dtype):
-        window = torch.zeros(batch, self.d_inner, self.conv1d.kernel_size[0] - 1, device=device, dtype=dtype)
-        return dict(window=window, h=torch.zeros(batch, self.d_inner, self.d_state, device=device))  # (B, D, W-1), (B, D, N)
+        window = torch.zeros(batch, self.conv1d.kernel_size[0] - 1, self.d_inner, device=device, dtype=dtype)
+        return dict(window=window.transpose(1, 2), h=torch.zeros(batch, self.d_inner, self.d_state, device=device))  # (B, D, W-1), (B, D, N)
 
     def repeat(self, u):
         """(B, L, K h) -> (B, L, H h): groups of d_state channels, each repeated consecutively."""
@@ -327,8 +330,8 @@ class Mamba2(nn.Module):
         """Nothing special from scratch; `student_from` overwrites what matters."""
 
     def init_cache(self, batch, max_length, device, dtype):
-        window = torch.zeros(batch, self.conv_channels, self.conv1d.kernel_size[0] - 1, device=device, dtype=dtype)
-        return dict(window=window, h=torch.zeros(batch, self.n_heads, self.head_dim, self.d_state, device=device))
+        window = torch.zeros(batch, self.conv1d.kernel_size[0] - 1, self.conv_channels, device=device, dtype=dtype)
+        return dict(window=window.transpose(1, 2), h=torch.zeros(batch, self.n_heads, self.head_dim, self.d_state, device=device))
 
     def split(self, xBC):
         """(..., conv channels) -> x (..., H, P), B (..., H, N), C (..., H, N)."""
@@ -350,7 +353,7 @@ class Mamba2(nn.Module):
             window, h = (None, None) if cache is None else (cache["window"], cache["h"])
             xBC, new_window = kernels.causal_conv(xBC, weight, bias, window)
             x, B, C = self.split(xBC)  # (B, L, H, P | N | N)
-            y, new_h = kernels.ssd(x, log_decay, B, C, h)  # (B, L, H, P)
+            y, new_h = kernels.ssd(x, log_decay, B, C, h, chunk=32 if u.device.type == "cpu" else 64)  # (B, L, H, P)
             if cache is not None:
                 window.copy_(new_window)
                 h.copy_(new_h)
