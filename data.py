@@ -5,8 +5,9 @@
     prompt = tokenizer.chat(problems[0].question)     # token ids up to where the answer starts
 
 Contents: Problem, the built-in task, .jsonl files, load_task, Tokenizer, the built-in tokenizer, load_tokenizer,
-and what every script shares: JSON files, the models under out/, errors in one line.
+and what every script shares: JSON files, the models under out/, options, errors in one line.
 """
+import argparse
 import base64
 import itertools
 import json
@@ -29,44 +30,41 @@ class Problem:
 
 
 # ------------------------------------------------------------------------------------------------ the built-in task
-# One real example; 2.9) means that two rounds and nine additions are left:
+# One real example; 2.7) means that two rounds and seven additions are left:
 #
-#   In each of 2 rounds do +9 9 times, then x13, keeping four digits. Start: 4821
+#   In each of 2 rounds do +7 7 times, then x7, keeping four digits. Start: 4821
 #
-#   2.9) 4821 +9 = 4830
-#   2.8) 4830 +9 = 4839
+#   2.7) 4821 +7 = 4828
+#   2.6) 4828 +7 = 4835
 #   ...
-#   2.1) 4893 +9 = 4902
-#   2.0) 4902 x13 = 3726
-#   1.9) 3726 +9 = 3735
+#   2.1) 4863 +7 = 4870
+#   2.0) 4870 x7 = 4090
+#   1.7) 4090 +7 = 4097
 #   ...
-#   1.1) 3798 +9 = 3807
-#   1.0) 3807 x13 = 9491
-#   \boxed{9491}
+#   1.1) 4132 +7 = 4139
+#   1.0) 4139 x7 = 8973
+#   \boxed{8973}
 #
 # Additions are easy and fill the page. A multiplication has to be done in the head, carries and all, and a small model
-# gets it right only some of the time: the problems with many rounds and large multipliers are the hard ones.
-ROUNDS, ADDENDS = (1, 6), (3, 15)
-# All coprime to 10: a round is then a bijection of the four-digit numbers, so a mistake is never forgotten and the
-# answer is right only if the whole chain is (a later mistake that happens to undo it aside).
-MULTIPLIERS = (3, 7, 9, 13)
+# gets it right only some of the time: the problems with many rounds and large numbers are the hard ones.
+# The number of a problem is coprime to 10: a round is then a bijection of the four-digit numbers, so a mistake is never
+# forgotten and the answer is right only if the whole chain is (a later mistake that happens to undo it aside).
+ROUNDS, NUMBERS = (1, 6), (3, 7, 11, 13, 17)
 TRAIN_PROBLEMS, TEST_PROBLEMS = 50_000, 1_000
 
 
 def arithmetic_problem(rng):
     """One problem drawn from `rng` (random.Random), as (question, solution, answer)."""
-    number, rounds = rng.randrange(10_000), rng.randint(*ROUNDS)
-    add, times = rng.randint(*ADDENDS), rng.choice(MULTIPLIERS)
-    question = (f"In each of {rounds} rounds do +{add} {add} times, then x{times}, keeping four digits. "
-                f"Start: {number:04d}")
+    value, rounds, by = rng.randrange(10_000), rng.randint(*ROUNDS), rng.choice(NUMBERS)
+    question = f"In each of {rounds} rounds do +{by} {by} times, then x{by}, keeping four digits. Start: {value:04d}"
     lines = []
     for rounds_left in range(rounds, 0, -1):
-        for additions_left in range(add, 0, -1):
-            before, number = number, (number + add) % 10_000
-            lines.append(f"{rounds_left}.{additions_left}) {before:04d} +{add} = {number:04d}\n")
-        before, number = number, number * times % 10_000
-        lines.append(f"{rounds_left}.0) {before:04d} x{times} = {number:04d}\n")
-    return question, "".join(lines) + f"\\boxed{{{number:04d}}}", f"{number:04d}"
+        for additions_left in range(by, -1, -1):
+            result = (value + by if additions_left else value * by) % 10_000
+            sign = "+" if additions_left else "x"
+            lines.append(f"{rounds_left}.{additions_left}) {value:04d} {sign}{by} = {result:04d}\n")
+            value = result
+    return question, "".join(lines) + f"\\boxed{{{value:04d}}}", f"{value:04d}"
 
 
 def arithmetic_problems(split):
@@ -165,7 +163,7 @@ class Tokenizer:
 def arithmetic_definition():
     """The built-in task's tokenizer: 256 bytes, all two-digit numbers, and the words of the task, one token each.
 
-    With two digits a token (Llama 3 has up to three) and 2.9) or +7 or x13 as one, the operands of a step are at most
+    With two digits a token (Llama 3 has up to three) and 2.7) or +7 or x13 as one, the operands of a step are at most
     three tokens away, within the reach of a convolution of width 4. Any other text falls back to bytes, so every text survives encode and decode.
     """
     rng = random.Random(0)
@@ -214,6 +212,32 @@ def find_models(out):
     if not folders:
         raise ValueError(f"no models under {out}/: run python distill.py first, or name one with --model")
     return sorted(folders, key=lambda folder: os.path.basename(folder) != "teacher")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose --help shows every default and whose complaints are one line."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc.split("\n")[0], formatter_class=Help)
+
+    def error(self, message):
+        print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def at_least(low, kind=int):
+    """An argparse type: a number that is `low` or more."""
+    def parse(text):
+        if kind(text) < low:
+            raise argparse.ArgumentTypeError(f"{text} is out of range, the least is {low}")
+        return kind(text)
+    parse.__name__ = kind.__name__  # argparse says "invalid int value" with it
+    return parse
 
 
 def run(main):

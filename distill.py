@@ -15,6 +15,7 @@ import dataclasses
 import itertools
 import json
 import os
+import pickle
 import random
 import shutil
 import time
@@ -22,7 +23,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from data import load_task, load_tokenizer, read_json, run, write_json
+from data import Parser, at_least, load_task, load_tokenizer, read_json, run, write_json
 from model import LM, Attention, Config, Mamba, choose_device, fingerprint, student_from
 
 IGNORE = -100  # label of a position whose prediction does not count
@@ -100,6 +101,7 @@ def batches(problems, tokenizer, tokens_per_batch, max_length, seed, share=lambd
     """
     rng, step = random.Random(seed), 0
     while True:
+        before = step
         order = rng.sample(range(len(problems)), len(problems))
         for pool in (order[i:i + 512] for i in range(0, len(order), 512)):
             pairs = [(tokenizer.chat(problems[i].question), tokenizer.encode(problems[i].solution) + tokenizer.eos_ids[:1])
@@ -111,6 +113,8 @@ def batches(problems, tokenizer, tokens_per_batch, max_length, seed, share=lambd
             for group in groups:
                 yield collate(group)
                 step += 1
+        if step == before:
+            raise ValueError(f"every worked solution is longer than the model's max_length = {max_length} tokens")
 
 
 def curriculum(steps, start=0.15, until=0.5):
@@ -197,12 +201,9 @@ class Run:
 
     def __init__(self, folder, settings):
         self.folder, self.settings = folder, settings
-        self.stage, self.step, self.tokens = 0, 0, 0
-        os.makedirs(folder, exist_ok=True)
-        path = os.path.join(folder, "training.json")
-        if os.path.exists(path):
-            refuse_other_settings(folder, read_json(path), settings)
-        write_json(path, settings)
+        self.stage, self.step, self.tokens, self.losses = 0, 0, 0, []  # losses since the last log line
+        if os.path.exists(self.path("training.json")):
+            refuse_other_settings(folder, read_json(self.path("training.json")), settings)
 
     def path(self, name):
         return os.path.join(self.folder, name)
@@ -211,17 +212,23 @@ class Run:
         return os.path.exists(self.path("config.json")) and not os.path.exists(self.path("training.pt"))
 
     def save(self, lm, optimizer):
-        position = dict(stage=self.stage, step=self.step, tokens=self.tokens)
+        position = dict(stage=self.stage, step=self.step, tokens=self.tokens, losses=[float(loss) for loss in self.losses])
         torch.save(dict(model=lm.state_dict(), optimizer=optimizer.state_dict(), rng=torch.get_rng_state(),
                         position=position), self.path("training.pt.tmp"))
         os.replace(self.path("training.pt.tmp"), self.path("training.pt"))
 
     def load(self, lm):
         """Restore weights and position; returns the optimiser's state, or None at the very beginning."""
-        if not os.path.exists(self.path("training.pt")):
+        path = self.path("training.pt")
+        if not os.path.exists(path):
+            os.makedirs(self.folder, exist_ok=True)
+            write_json(self.path("training.json"), self.settings)
             write_lines(self.path("metrics.jsonl"), [])
             return None
-        saved = torch.load(self.path("training.pt"), weights_only=True, map_location=lm.device)
+        try:
+            saved = torch.load(path, weights_only=True, map_location=lm.device)
+        except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}): delete it to start over")
         lm.load_state_dict(saved["model"])
         torch.set_rng_state(saved["rng"].cpu())
         self.__dict__.update(saved["position"])
@@ -269,7 +276,7 @@ def train(run, lm, stages, make_batches, args):
 
 def train_stage(run, lm, stage, optimizer, data, args):
     """The training loop: one step per batch, one log line per interval, a checkpoint now and then."""
-    clock, began, tokens_before, losses = time.perf_counter, time.perf_counter(), run.tokens, []
+    clock, began, tokens_before = time.perf_counter, time.perf_counter(), run.tokens
     for tokens, labels, valid in itertools.islice(data, stage.steps - run.step):
         tokens, labels, valid = (t.to(args.device) for t in (tokens, labels, valid))
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.dtype == torch.bfloat16):
@@ -281,12 +288,12 @@ def train_stage(run, lm, stage, optimizer, data, args):
         optimizer.step()
         optimizer.zero_grad()
         run.step, run.tokens = run.step + 1, run.tokens + int(valid.sum())
-        losses.append(loss.detach())
+        run.losses.append(loss.detach())
         if run.step % args.log_every == 0 or run.step == stage.steps:
             seconds = clock() - began
-            log(run, stage, torch.stack(losses).mean().item(), norm.item(), optimizer.param_groups[0]["lr"],
+            log(run, stage, sum(map(float, run.losses)) / len(run.losses), norm.item(), optimizer.param_groups[0]["lr"],
                 (run.tokens - tokens_before) / seconds, seconds)
-            losses = []
+            run.losses = []
         if run.step % args.save_every == 0 and run.step < stage.steps:
             run.save(lm, optimizer)
 
@@ -345,7 +352,8 @@ def get_teacher(args):
             raise ValueError(f"{folder} holds an unfinished pre-training: go on with --pretrain, or delete that folder")
         if not os.path.exists(os.path.join(folder, "config.json")):
             print(f"teacher: the one that ships in assets/teacher, copied to {folder} (--pretrain trains a new one)")
-            shutil.copytree(TEACHER_ASSET, folder, dirs_exist_ok=True)
+            shutil.copytree(TEACHER_ASSET, folder + ".tmp", dirs_exist_ok=True)
+            os.replace(folder + ".tmp", folder)
         return folder
     pretrain(folder, args)
     return folder
@@ -429,8 +437,7 @@ def layer_list(text):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--out", default="out", help="models go to OUT/<name>")
     add("--task", default="arithmetic", help="arithmetic, or a .jsonl file with worked solutions")
@@ -442,24 +449,24 @@ def parse_args(argv=None):
     add("--attention-layers", type=layer_list, metavar="I,J", help="layers that keep attention, or none; default: none for "
         "pure, 1 for hybrid")
     add("--kl", choices=["reverse", "forward"], default="reverse", help="direction of the KL divergence")
-    add("--scale", type=float, default=1.0, help="multiply the students' default steps; 5 is the long run")
+    add("--scale", type=at_least(0, float), default=1.0, help="multiply the students' default steps; 5 is the long run")
     for stage, what in (("matrices", "matrix orientation"), ("hidden", "hidden-state alignment"),
                         ("kl", "end-to-end distillation"), ("sft", "fine-tuning with cross-entropy after it")):
         each = ", ".join(f"{STEPS[recipe].get(stage, 0)} for {recipe}" for recipe in RECIPES)
-        add(f"--{stage}-steps", type=int, help=f"steps of {what}; default: {each}, times --scale")
-    add("--batch-tokens", type=int, default=6144, help="tokens per step, padding included: steps x this = a stage's budget")
-    add("--matrix-length", type=int, default=128, help="tokens of each sequence used in matrix orientation (memory ~ L^2)")
+        add(f"--{stage}-steps", type=at_least(0), help=f"steps of {what}; default: {each}, times --scale")
+    add("--batch-tokens", type=at_least(1), default=6144, help="tokens per step, padding included: steps x this = a stage's budget")
+    add("--matrix-length", type=at_least(1), default=128, help="tokens of each sequence used in matrix orientation (memory ~ L^2)")
     add("--lr", type=float, default=2e-3, help="peak learning rate of the students' stages")
     add("--seed", type=int, default=0, help="of initialisation and of the order of the data")
     add("--pretrain", action="store_true", help="train a new teacher instead of taking the one in assets/")
-    add("--pretrain-steps", type=int, default=3500, help="steps of the teacher's pre-training")
+    add("--pretrain-steps", type=at_least(1), default=3500, help="steps of the teacher's pre-training")
     add("--pretrain-lr", type=float, default=4e-3, help="peak learning rate of pre-training")
     for name, default in (("d-model", 64), ("n-layers", 4), ("n-heads", 4), ("d-ff", 192)):
-        add(f"--{name}", type=int, default=default, help="shape of a pre-trained teacher")
-    add("--log-every", type=int, default=10, help="steps between log lines")
-    add("--save-every", type=int, default=100, help="steps between checkpoints to resume from")
+        add(f"--{name}", type=at_least(1), default=default, help="shape of a pre-trained teacher")
+    add("--log-every", type=at_least(1), default=10, help="steps between log lines")
+    add("--save-every", type=at_least(1), default=100, help="steps between checkpoints to resume from")
     add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
-    add("--dtype", choices=["float32", "bfloat16"], help="of autocast; weights stay float32. Default: bfloat16 on cuda")
+    add("--dtype", choices=["float32", "bfloat16"], help="of autocast; weights stay float32; default: bfloat16 on cuda, float32 on cpu")
     return parser.parse_args(argv)
 
 

@@ -12,7 +12,6 @@ share whose most frequent answer among k samples is right.
 
 Contents: one completion, math-verify, one problem, k of n samples, one model, two models, the report, the script.
 """
-import argparse
 import contextlib
 import functools
 import itertools
@@ -28,7 +27,7 @@ import threading
 import numpy as np
 from tqdm import tqdm
 
-from data import read_json, run, write_json
+from data import Parser, read_json, run, write_json
 
 SAMPLE = dict(problem=int, sample=int, question=str, gold=str, completion=str, num_tokens=int, finish=str,
               seconds=(int, float))  # a line of samples.jsonl
@@ -451,8 +450,7 @@ def find_samples(out):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Grade the samples of every model into OUT/results.json.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--out", default="out", help="folder with one folder per model")
     parser.add_argument("--model", nargs="+", metavar="NAME", help="grade only these; default: all that have samples")
     parser.add_argument("--teacher", metavar="NAME", help="compare the others with this one; default: teacher")

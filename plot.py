@@ -10,7 +10,6 @@ lines between them guide the eye; bands are 95% intervals.
 
 Contents: reading, style, coverage and accuracy, training, the script.
 """
-import argparse
 import itertools
 import math
 import os
@@ -21,7 +20,7 @@ matplotlib.use("Agg")  # files only, no window
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from data import read_json, run
+from data import Parser, read_json, run
 from grade import read_records, report
 
 # Okabe and Ito's colours, which remain apart with any colour blindness; the first three have theirs for good
@@ -214,8 +213,7 @@ def save(fig, path, dpi):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Draw OUT/results.json.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--out", default="out", help="folder with results.json, and where the figures go")
     parser.add_argument("--dpi", type=int, default=150, help="pixels per inch of the figures, some 11 inches wide")
     return parser.parse_args(argv)

@@ -9,7 +9,6 @@ Rerunning goes on where a run stopped. Teacher and students go through the same 
 
 Contents: random numbers, choosing a token, the prompts, the batch, generate, records on disk, the script.
 """
-import argparse
 import datetime
 import json
 import os
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import find_models, load_task, load_tokenizer, read_json, run, write_json
+from data import Parser, at_least, find_models, load_task, load_tokenizer, read_json, run, write_json
 from model import LM, choose_device, columns_read, device_name, fingerprint
 
 # ------------------------------------------------------------------------------------------------ random numbers
@@ -207,15 +206,17 @@ def generate(lm, prompts, *, num_samples=1, max_new_tokens=256, temperature=1.0,
 
 
 def check_settings(prompts, num_samples, max_new_tokens, temperature, top_k, top_p, batch_size):
-    for name, value, allowed in (("num_samples", num_samples, num_samples >= 1), ("batch_size", batch_size, batch_size >= 1),
-                                 ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
-                                 ("temperature", temperature, temperature >= 0), ("top_k", top_k, top_k >= 0),
-                                 ("top_p", top_p, 0 < top_p <= 1)):
-        if not allowed:
-            raise ValueError(f"{name} = {value} is out of range")
-    for problem, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompt {problem} is empty: a model needs at least one token to start from")
+    """Raises ValueError for a number out of range or an empty prompt."""
+    for name, value in dict(num_samples=num_samples, max_new_tokens=max_new_tokens, batch_size=batch_size).items():
+        if value < 1:
+            raise ValueError(f"{name} = {value} is out of range: the least is 1")
+    for name, value in dict(temperature=temperature, top_k=top_k).items():
+        if value < 0:
+            raise ValueError(f"{name} = {value} is out of range: the least is 0")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p = {top_p} is out of range: above 0, at most 1")
+    if not all(prompts):
+        raise ValueError(f"prompt {list(map(bool, prompts)).index(False)} is empty: a model needs a token to start from")
 
 
 # ------------------------------------------------------------------------------------------------ records on disk
@@ -259,6 +260,8 @@ def sample_model(model_folder, folder, problems, args):
     """All samples of one model into folder/samples.jsonl, going on where an earlier run stopped."""
     lm = LM.from_pretrained(model_folder, args.device, args.dtype).eval()
     tokenizer = load_tokenizer(model_folder)
+    prompts = [tokenizer.chat(problem.question) for problem in problems]
+    check_settings(prompts, args.num_samples, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.batch_size)
     settings = dict(task=args.task, problems=len(problems), num_samples=args.num_samples, batch_size=args.batch_size,
                     max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
                     seed=args.seed, device=str(lm.device), dtype=str(lm.dtype).removeprefix("torch."),
@@ -268,12 +271,11 @@ def sample_model(model_folder, folder, problems, args):
     path = os.path.join(folder, "samples.jsonl")
     records = read_samples(path)
     done, tokens = {(r["problem"], r["sample"]) for r in records}, sum(r["num_tokens"] for r in records)
+    offset = seconds = records[-1]["seconds"] if records else 0.0
+    write_summary(folder, settings, lm, tokens, seconds)
     if len(done) == len(problems) * args.num_samples:
         print(f"{path}: finished")
         return
-    offset = seconds = records[-1]["seconds"] if records else 0.0
-    write_summary(folder, settings, lm, tokens, seconds)
-    prompts = [tokenizer.chat(problem.question) for problem in problems]
     knobs = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, stop_ids=tokenizer.eos_ids,
                  seed=args.seed, batch_size=args.batch_size)
     for _ in generate(lm, prompts, num_samples=args.num_samples, max_new_tokens=2, **knobs | dict(stop_ids=())):
@@ -300,12 +302,11 @@ def progress(folder, total, initial):
 
 # ------------------------------------------------------------------------------------------------ the script
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--model", nargs="+", help="folders of checkpoints; default: every model under --out")
     parser.add_argument("--out", default="out", help="samples go to OUT/<model's name>/samples.jsonl")
     parser.add_argument("--task", default="arithmetic", help="arithmetic, or a .jsonl file with question and answer")
-    parser.add_argument("--limit", type=int, default=96, help="how many test problems, from the first")
+    parser.add_argument("--limit", type=at_least(1), default=96, help="how many test problems, from the first")
     parser.add_argument("--num-samples", type=int, default=64, help="completions per problem (k)")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="longest completion")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
