@@ -214,6 +214,15 @@ def find_models(out):
     return sorted(folders, key=lambda folder: os.path.basename(folder) != "teacher")
 
 
+def refuse_other_settings(path, old, new):
+    """Raises ValueError that names every setting in which what is at `path` differs from what is asked for."""
+    differ = [f"{name} = {old.get(name)!r} there, {new.get(name)!r} now"
+              for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    if differ:
+        raise ValueError(f"{path} was made with other settings ({'; '.join(differ)}): "
+                         f"rerun with those, choose another --out, or delete it")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose --help shows every default and whose complaints are one line."""
 

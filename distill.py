@@ -23,7 +23,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from data import Parser, at_least, load_task, load_tokenizer, read_json, run, write_json
+from data import Parser, at_least, load_task, load_tokenizer, read_json, refuse_other_settings, run, write_json
 from model import LM, Attention, Config, Mamba, choose_device, fingerprint, student_from
 
 IGNORE = -100  # label of a position whose prediction does not count
@@ -244,15 +244,6 @@ class Run:
             os.remove(self.path("training.pt"))
 
 
-def refuse_other_settings(folder, old, new):
-    """Raises ValueError that names every setting in which a folder's model differs from the one asked for."""
-    differ = [f"{name} = {old.get(name)!r} there, {new.get(name)!r} now"
-              for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-    if differ:
-        raise ValueError(f"{folder} was trained with other settings ({'; '.join(differ)}): "
-                         f"rerun with those, choose another --out, or delete that folder")
-
-
 def write_lines(path, lines):
     with open(path + ".tmp", "w") as f:
         f.writelines(lines)
@@ -316,9 +307,9 @@ def log(run, stage, loss, norm, lr, speed, seconds):
 TEACHER_ASSET = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "teacher")
 RECIPES = ("mohawk", "mambainllama")
 # The two students of the built-in experiment: how each is made, with which mixer, and which layers keep attention.
-STUDENTS = dict(pure=("mohawk", "mamba2", ()), hybrid=("mambainllama", "mamba", (1,)))
+STUDENTS = dict(pure=("mohawk", "mamba2", ()), hybrid=("mambainllama", "mamba2", (1,)))
 # The stages of a recipe and their steps at --scale 1. MambaInLlama is weight transfer and KL alone.
-STEPS = dict(mohawk=dict(matrices=20, hidden=60, kl=200, sft=0), mambainllama=dict(kl=200, sft=0))
+STEPS = dict(mohawk=dict(matrices=20, hidden=60, kl=200, sft=0), mambainllama=dict(kl=280, sft=0))
 
 
 def student_stages(student, teacher, args, steps):
@@ -445,7 +436,7 @@ def parse_args(argv=None):
     add("--student", nargs="+", metavar="NAME", default=["pure", "hybrid"], help="students to make, by name; other names "
         "than pure and hybrid start from pure's settings")
     add("--recipe", choices=RECIPES, help="default: mohawk for pure, mambainllama for hybrid")
-    add("--mixer", choices=["mamba", "mamba2"], help="what replaces attention; default: mamba2 for pure, mamba for hybrid")
+    add("--mixer", choices=["mamba", "mamba2"], help="what replaces attention; default: mamba2")
     add("--attention-layers", type=layer_list, metavar="I,J", help="layers that keep attention, or none; default: none for "
         "pure, 1 for hybrid")
     add("--kl", choices=["reverse", "forward"], default="reverse", help="direction of the KL divergence")

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Parser, at_least, find_models, load_task, load_tokenizer, read_json, run, write_json
+from data import Parser, at_least, find_models, load_task, load_tokenizer, read_json, refuse_other_settings, run, write_json
 from model import LM, choose_device, columns_read, device_name, fingerprint
 
 # ------------------------------------------------------------------------------------------------ random numbers
@@ -235,18 +235,6 @@ def read_samples(path):
         raise ValueError(f"{path} holds a line that is not JSON ({error}): repair or delete the file") from None
 
 
-def refuse_other_settings(folder, settings):
-    """Samples of one file come from one setting. Raises ValueError that names what differs, and what to do."""
-    path = os.path.join(folder, "samples.json")
-    if not os.path.exists(os.path.join(folder, "samples.jsonl")):
-        return
-    old = read_json(path)["settings"] if os.path.exists(path) else {}
-    differ = [f"{name} = {old.get(name)!r} there, {value!r} now" for name, value in settings.items() if old.get(name) != value]
-    if differ:
-        raise ValueError(f"{folder}/samples.jsonl was made with other settings ({'; '.join(differ)}): "
-                         f"rerun with those, choose another --out, or delete that file")
-
-
 def write_summary(folder, settings, lm, records_tokens, seconds):
     """samples.json: the settings that must not mix, and what was measured."""
     summary = dict(settings=settings, device=device_name(lm.device), dtype=str(lm.dtype).removeprefix("torch."),
@@ -266,9 +254,10 @@ def sample_model(model_folder, folder, problems, args):
                     max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
                     seed=args.seed, device=str(lm.device), dtype=str(lm.dtype).removeprefix("torch."),
                     weights=fingerprint(model_folder))
-    refuse_other_settings(folder, settings)
+    path, summary = os.path.join(folder, "samples.jsonl"), os.path.join(folder, "samples.json")
+    if os.path.exists(path):
+        refuse_other_settings(path, read_json(summary)["settings"] if os.path.exists(summary) else {}, settings)
     os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, "samples.jsonl")
     records = read_samples(path)
     done, tokens = {(r["problem"], r["sample"]) for r in records}, sum(r["num_tokens"] for r in records)
     offset = seconds = records[-1]["seconds"] if records else 0.0
