@@ -309,7 +309,7 @@ RECIPES = ("mohawk", "mambainllama")
 # The two students of the built-in experiment: how each is made, with which mixer, and which layers keep attention.
 STUDENTS = dict(pure=("mohawk", "mamba2", ()), hybrid=("mambainllama", "mamba2", (1,)))
 # The stages of a recipe and their steps at --scale 1. MambaInLlama is weight transfer and KL alone.
-STEPS = dict(mohawk=dict(matrices=20, hidden=60, kl=200, sft=0), mambainllama=dict(kl=280, sft=0))
+STEPS = dict(mohawk=dict(matrices=20, hidden=60, kl=420, sft=0), mambainllama=dict(kl=420, sft=0))
 
 
 def student_stages(student, teacher, args, steps):
@@ -439,7 +439,7 @@ def parse_args(argv=None):
     add("--mixer", choices=["mamba", "mamba2"], help="what replaces attention; default: mamba2")
     add("--attention-layers", type=layer_list, metavar="I,J", help="layers that keep attention, or none; default: none for "
         "pure, 1 for hybrid")
-    add("--kl", choices=["reverse", "forward"], default="reverse", help="direction of the KL divergence")
+    add("--kl", choices=["forward", "reverse"], default="forward", help="direction of the KL divergence")
     add("--scale", type=at_least(0, float), default=1.0, help="multiply the students' default steps; 5 is the long run")
     for stage, what in (("matrices", "matrix orientation"), ("hidden", "hidden-state alignment"),
                         ("kl", "end-to-end distillation"), ("sft", "fine-tuning with cross-entropy after it")):

@@ -342,13 +342,16 @@ def ahead(teacher, student, seed):
     We look at the moments at which the teacher has just completed its k-th round (k samples of every problem), and at
     what the student has completed by then; after its last round it stays where it is. This is the careful choice: each
     model's coverage on the clock is a staircase, and just before the teacher's next step the student would look best.
-    Moments before the student's first round do not count (NaN). Leads are in points, hundredths of the problems. The
+    If the teacher completes more rounds within 1% of that time, they count for it: the first rounds of a large batch end
+    almost together. Moments before the student's first round do not count (NaN). Leads are in points, hundredths of the problems. The
     interval of the best lead does not account for our having picked the best moment.
     """
     seconds, ks = teacher.seconds, powers_of_two(len(teacher.seconds))
     rounds = np.searchsorted(student.seconds, seconds, side="right")  # (n,) the student's k at the teacher's moments
+    theirs = np.searchsorted(teacher.seconds, 1.01 * seconds, side="right")  # (n,) the teacher's own
     counts = np.where(rounds > 0, 1, np.nan)
-    lead, low, high = counts * mean_low_high(100 * (student.coverage[:, rounds - 1] - teacher.coverage), seed)
+    difference = student.coverage[:, rounds - 1] - teacher.coverage[:, theirs - 1]  # (problems, n)
+    lead, low, high = counts * mean_low_high(100 * difference, seed)
     best = [np.nan_to_num(lead, nan=-np.inf).argmax()]
     entry, = rows(best_lead=lead[best], best_lead_low=low[best], best_lead_high=high[best],
                   best_lead_seconds=counts[best] * seconds[best])

@@ -208,10 +208,10 @@ def generate(lm, prompts, *, num_samples=1, max_new_tokens=256, temperature=1.0,
 def check_settings(prompts, num_samples, max_new_tokens, temperature, top_k, top_p, batch_size):
     """Raises ValueError for a number out of range or an empty prompt."""
     for name, value in dict(num_samples=num_samples, max_new_tokens=max_new_tokens, batch_size=batch_size).items():
-        if value < 1:
+        if not value >= 1:
             raise ValueError(f"{name} = {value} is out of range: the least is 1")
     for name, value in dict(temperature=temperature, top_k=top_k).items():
-        if value < 0:
+        if not value >= 0:  # refuses nan too
             raise ValueError(f"{name} = {value} is out of range: the least is 0")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p = {top_p} is out of range: above 0, at most 1")

@@ -401,7 +401,7 @@ def test_stages_are_chosen_by_options(command, options, expected):
     assert all(counts[stage] == (3 if stage == "kl" else 2) for stage in expected)
 
 
-@pytest.mark.parametrize("options", [["--kl", "forward"], ["--seed", "1"], ["--lr", "1e-3"], ["--batch-tokens", "256"],
+@pytest.mark.parametrize("options", [["--kl", "reverse"], ["--seed", "1"], ["--lr", "1e-3"], ["--batch-tokens", "256"],
                                      ["--dtype", "bfloat16"]], ids=str)
 def test_options_change_the_weights(command, tmp_path, options):
     """And the same command gives the same weights, bit for bit."""
@@ -476,7 +476,7 @@ def test_a_finished_run_is_not_done_again(tiny_out, tiny_options, tmp_path, caps
 
 @pytest.mark.parametrize("options, name", [
     (["--pretrain-steps", "61"], "steps"), (["--seed", "4"], "seed"), (["--d-ff", "65"], "config"), (["--kl-steps", "31"], "steps"),
-    (["--kl", "forward"], "kl"), (["--lr", "0.5"], "lr"), (["--attention-layers", "0"], "mixers")], ids=str)
+    (["--kl", "reverse"], "kl"), (["--lr", "0.5"], "lr"), (["--attention-layers", "0"], "mixers")], ids=str)
 def test_other_settings_are_refused_and_nothing_is_overwritten(tiny_out, tiny_options, tmp_path, options, name):
     shutil.copytree(tiny_out, tmp_path / "out")
     before = {k: v[0] for k, v in snapshot(tmp_path / "out").items()}
