@@ -189,7 +189,8 @@ def draw_training(logs, colour):
         for name, log in logs.items():
             if stage in log:
                 tokens, losses = zip(*log[stage])
-                ax.plot([count / 1e6 for count in tokens], losses, color=colour[name], label=name)
+                ax.plot([count / 1e6 for count in tokens], losses, color=colour[name], label=name,
+                        marker="." if len(losses) < 10 else "")
         ax.set_yscale("log")
         low, high = ax.get_ylim()
         log_axis(ax.yaxis, low, high)
