@@ -440,7 +440,8 @@ def parse_args(argv=None):
     add("--attention-layers", type=layer_list, metavar="I,J", help="layers that keep attention, or none; default: none for "
         "pure, 1 for hybrid")
     add("--kl", choices=["forward", "reverse"], default="forward", help="direction of the KL divergence")
-    add("--scale", type=at_least(0, float), default=1.0, help="multiply the students' default steps; 5 is the long run")
+    add("--scale", type=at_least(0, float), default=1.0, help="multiply the students' default steps; 2 made the README's "
+        "long run")
     for stage, what in (("matrices", "matrix orientation"), ("hidden", "hidden-state alignment"),
                         ("kl", "end-to-end distillation"), ("sft", "fine-tuning with cross-entropy after it")):
         each = ", ".join(f"{STEPS[recipe].get(stage, 0)} for {recipe}" for recipe in RECIPES)
