@@ -297,7 +297,7 @@ def parse_args(argv=None):
     parser.add_argument("--task", default="arithmetic", help="arithmetic, or a .jsonl file with question and answer")
     parser.add_argument("--limit", type=at_least(1), default=96, help="how many test problems, from the first")
     parser.add_argument("--num-samples", type=int, default=64, help="completions per problem (k)")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest completion")
+    parser.add_argument("--max-new-tokens", type=int, default=896, help="longest completion")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
     parser.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0: all")
     parser.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens of this mass; 1: all")
