@@ -9,6 +9,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # before kernels.py is imported: its Triton kernels are then interpreted on the CPU
+    os.environ["TRITON_INTERPRET"] = "1"
 
 PATTERNS = {
     "attention": ["attention"] * 3,

@@ -341,6 +341,17 @@ def test_ssd_is_accurate_over_4096_steps_in_float32():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_ssd_with_products_in_half_precision_stays_within_its_rounding(dtype):
+    """What a GPU does: the matrix products in x's dtype, decays, sums and states in float32. Here on the CPU."""
+    inputs = ssd_inputs(length=100, head_dim=16, d_state=16, dtype=dtype)
+    def half(x, log_decay, B, C, h0):
+        return kernels._ssd_chunks(x.float(), log_decay.float(), B.float(), C.float(), h0.float(), 32, product_dtype=dtype)
+    found, wanted = results(half, inputs), results(kernels.ssd_ref, in_double(inputs))
+    assert found["h"].dtype == torch.float32
+    assert_same(found, wanted, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_ssd_computes_low_precision_inputs_in_float32(dtype):
     """y in x's dtype, h float32, error no more than the rounding of results."""
     inputs = ssd_inputs(length=40, dtype=dtype)
@@ -480,8 +491,10 @@ def test_other_wrong_shapes_and_backends_are_refused():
     with pytest.raises(ValueError, match="4 groups, expected L >= 1 and groups that divide D"):
         kernels.selective_scan(**{**inputs, "B": torch.zeros(2, 20, 4, 5), "C": torch.zeros(2, 20, 4, 5)})
     for function, tensors in ((kernels.selective_scan, inputs), (kernels.ssd, heads)):
-        with pytest.raises(ValueError, match="backend is 'triton', expected one of 'auto', 'ref', 'torch'"):
-            function(**tensors, backend="triton")
+        with pytest.raises(ValueError, match="backend is 'cuda', expected one of 'auto', 'ref', 'torch', 'triton'"):
+            function(**tensors, backend="cuda")
+    with pytest.raises(ValueError, match="backend is 'triton', but ssd is made of PyTorch's matrix products"):
+        kernels.ssd(**heads, backend="triton")
     with pytest.raises(ValueError, match=r"log_decay has shape \(2, 20\), expected \(B, L, H\) = \(2, 20, 2\)"):
         kernels.ssd(**{**heads, "log_decay": torch.zeros(2, 20)})
     with pytest.raises(ValueError, match=r"h0 has shape \(2, 2, 5, 3\), expected \(B, H, P, N\) = \(2, 2, 3, 5\)"):
@@ -499,7 +512,7 @@ def test_other_wrong_shapes_and_backends_are_refused():
 def test_the_script_checks_every_kernel_and_prints_a_table():
     """`python kernels.py` is how a reader trusts the kernels on their own machine; importing the file prints nothing."""
     options = ["--batch", "1", "--length", "20", "--channels", "32", "--repeats", "1"]
-    run = subprocess.run([sys.executable, str(ROOT / "kernels.py"), *options], capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, str(ROOT / "kernels.py"), *options], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     for name in ("causal_conv", "selective_scan", "ssd", "mixing_matrix", "causal_conv_step", "selective_step", "ssd_step"):
         assert any(line.startswith(name) for line in run.stdout.splitlines()), name
