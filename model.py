@@ -7,7 +7,8 @@
     student = student_from(lm, ["mamba2"] * 4)        # attention weights moved into Mamba mixers
     student.save_pretrained("out/student");  LM.from_pretrained("out/student")
 
-Contents: Config, RMSNorm, RoPE, Attention, Mamba, Mamba2, MLP, Block, State, LM, save and load, student_from.
+Contents: Config, RMSNorm, RoPE, Attention, MLP, Mamba, Mamba2, Block, State, LM with save and load, devices, config.json,
+weight files, released students, student_from.
 
 Glossary, for every file of the repository. Sizes in shape comments, tensors in code:
 
@@ -25,11 +26,14 @@ The tensors B and D clash with the sizes B and D, as they do in the papers: "B: 
 Weights are (out, in) and carry their upstream names: Hugging Face's for Llama, those of the released MambaInLlama
 checkpoints for "mamba", Llamba's for "mamba2".
 """
+import contextlib
 import dataclasses
 import json
 import math
 import os
+import pickle
 import platform
+import re
 import zlib
 from dataclasses import dataclass
 
@@ -53,7 +57,7 @@ class Config:
 
     `None` means derived: n_kv_heads = n_heads, head_dim = d_model / n_heads, mixers = all attention,
     d_state = 16 for "mamba" and head_dim for "mamba2", dt_rank = ceil(d_model / 16).
-    In both Mamba mixers n_heads x head_dim is the inner width.
+    In both Mamba mixers n_heads x head_dim is the inner width. discrete_mamba2 is for all "mamba2" layers; see Mamba2.
     """
     vocab_size: int = 512
     d_model: int = 64
@@ -71,6 +75,7 @@ class Config:
     d_state: int | None = None
     d_conv: int = 4
     dt_rank: int | None = None
+    discrete_mamba2: bool = True
     eos_ids: list = dataclasses.field(default_factory=list)
 
     def __post_init__(self):
@@ -262,12 +267,14 @@ class Mamba(nn.Module):
         self.dt_proj_down = nn.Linear(config.d_model, config.dt_rank, bias=False)
         self.dt_proj = nn.Linear(config.dt_rank, inner, bias=True)
         self.conv1d = nn.Conv1d(inner, inner, config.d_conv, groups=inner)
-        self.A_log = nn.Parameter(torch.arange(1.0, self.d_state + 1).log().repeat(inner, 1))  # (D, N): A = -1 .. -N
+        self.A_log = nn.Parameter(torch.empty(inner, self.d_state))  # (D, N)
         self.D = nn.Parameter(torch.ones(inner))
         self.out_proj = nn.Linear(inner, config.d_model, bias=False)
 
     def reset_parameters(self):
-        """dt starts log-uniform in [0.001, 0.1] (Gu & Dao 2023, section 3.6); the bias is its inverse softplus."""
+        """A = -1 .. -N in every channel. dt starts log-uniform in [0.001, 0.1] (Gu & Dao 2023, section 3.6); the bias is
+        its inverse softplus."""
+        self.A_log.data.copy_(torch.arange(1.0, self.d_state + 1).log())
         nn.init.uniform_(self.dt_proj.weight, -self.dt_proj.in_features ** -0.5, self.dt_proj.in_features ** -0.5)
         dt = torch.empty(self.d_inner).uniform_(math.log(1e-3), math.log(1e-1)).exp()
         self.dt_proj.bias.data.copy_(dt + torch.log(-torch.expm1(-dt)))
@@ -311,6 +318,12 @@ class Mamba2(nn.Module):
     log decay = -softplus(a). As a matrix over time, y = T x with T_ts = C_t . B_s prod_{s<r<=t} decay_r: causal linear
     attention with forgetting, which is why q, k, v and o of attention fit C, B, x and out. a_bias (zero in Llamba
     checkpoints, which lack it) lets the heads start at different memory lengths.
+
+    With discrete_mamba2 = False it is the Mamba-2 of Dao & Gu (2024), as released MambaInLlama checkpoints have it
+    (MambaInLlama mamba2/hybrid_mamba_layer.py): softplus(a + a_bias) is a step size dt, and
+
+        (x, B, C) <- SiLU(conv(x, B, C))     decay = exp(-dt exp(A_log))     h_t = decay_t h_{t-1} + dt_t x_t B_t^T
+        out = W_o norm(y * SiLU(z + z_bias)),  an RMS norm over each head's channels
     """
 
     def __init__(self, config):
@@ -325,6 +338,10 @@ class Mamba2(nn.Module):
         self.conv1d = nn.Conv1d(self.conv_channels, self.conv_channels, config.d_conv, groups=self.conv_channels)
         self.D = nn.Parameter(torch.ones(self.n_heads))
         self.out_proj = nn.Linear(inner, config.d_model, bias=False)
+        self.discrete = config.discrete_mamba2
+        if not self.discrete:
+            self.A_log = nn.Parameter(torch.zeros(self.n_heads))
+            self.norm = RMSNorm(inner, eps=1e-5)
 
     def reset_parameters(self):
         """Nothing special from scratch; `student_from` overwrites what matters."""
@@ -335,38 +352,53 @@ class Mamba2(nn.Module):
 
     def split(self, xBC):
         """(..., conv channels) -> x (..., H, P), B (..., H, N), C (..., H, N)."""
+        xBC = xBC if self.discrete else F.silu(xBC)
         return (u.unflatten(-1, (self.n_heads, -1)) for u in xBC.split(self.sizes[:3], dim=-1))
 
     def project(self, u):
-        """xBC before the convolution (B, L, conv channels), z (B, L, D), log decay (B, L, H) float32."""
+        """xBC before the convolution (B, L, conv channels), z (B, L, D), log decay (B, L, H) and dt, both float32."""
         xBC, z, a = self.in_proj(u).split([self.conv_channels, *self.sizes[3:]], dim=-1)
-        return xBC, z, -F.softplus(a.float() + self.A_log_bias.float())
+        dt = F.softplus(a.float() + self.A_log_bias.float())  # (B, L, H)
+        return xBC, z, -dt if self.discrete else -dt * self.A_log.float().exp(), dt
+
+    def step_input(self, x, dt):
+        """What enters the state: x itself, or dt x. x (..., H, P), dt (..., H)."""
+        return x if self.discrete else (x * dt[..., None]).to(x.dtype)
+
+    def gate(self, y, z):  # (B, L, D)
+        y = y * F.silu(z + self.z_bias)
+        if self.discrete:
+            return y
+        heads = y.unflatten(-1, (self.n_heads, -1)).float()  # (B, L, H, P)
+        return self.norm.weight * F.rms_norm(heads, heads.shape[-1:], eps=self.norm.eps).flatten(2).to(y.dtype)
 
     def forward(self, u, rope, cache=None, reads=None):  # u (B, L, d_model); rope and reads are attention's
-        xBC, z, log_decay = self.project(u)
+        xBC, z, log_decay, dt = self.project(u)
         weight, bias = self.conv1d.weight, self.conv1d.bias
         if cache is not None and u.shape[1] == 1:
             window, h = cache["window"], cache["h"]
             x, B, C = self.split(kernels.causal_conv_step(window, xBC[:, 0], weight, bias))  # (B, H, P | N | N)
-            y, x = kernels.ssd_step(h, x, log_decay[:, 0], B, C)[:, None], x[:, None]  # (B, 1, H, P)
+            y = kernels.ssd_step(h, self.step_input(x, dt[:, 0]), log_decay[:, 0], B, C)  # (B, H, P)
+            y, x = y[:, None], x[:, None]  # (B, 1, H, P)
         else:
             window, h = (None, None) if cache is None else (cache["window"], cache["h"])
             xBC, new_window = kernels.causal_conv(xBC, weight, bias, window)
             x, B, C = self.split(xBC)  # (B, L, H, P | N | N)
-            y, new_h = kernels.ssd(x, log_decay, B, C, h, chunk=32 if u.device.type == "cpu" else 64)  # (B, L, H, P)
+            y, new_h = kernels.ssd(self.step_input(x, dt), log_decay, B, C, h,
+                                   chunk=32 if u.device.type == "cpu" else 64)  # (B, L, H, P)
             if cache is not None:
                 window.copy_(new_window)
                 h.copy_(new_h)
         y = (y + self.D[:, None].to(y.dtype) * x).flatten(2)  # (B, L, D)
-        return self.out_proj(y * F.silu(z + self.z_bias))  # (B, L, d_model)
+        return self.out_proj(self.gate(y, z))  # (B, L, d_model)
 
     def matrix(self, u, rope):
         """T with D on its diagonal, (B, H, L, L) float32: what MOHAWK's first stage compares with attention."""
-        xBC, _, log_decay = self.project(u)
+        xBC, _, log_decay, dt = self.project(u)
         xBC, _ = kernels.causal_conv(xBC, self.conv1d.weight, self.conv1d.bias)
         _, B, C = self.split(xBC)
         skip = torch.diag_embed(self.D.float()[:, None].expand(-1, u.shape[1]))  # (H, L, L)
-        return kernels.mixing_matrix(log_decay, B.float(), C.float()) + skip
+        return kernels.mixing_matrix(log_decay, self.step_input(B.float(), dt), C.float()) + skip
 
 
 # ------------------------------------------------------------------------------------------------ the model
@@ -429,7 +461,8 @@ class LM(nn.Module):
         self.model.norm = RMSNorm(config.d_model, config.norm_eps)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.apply(self.reset_parameters)
+        if self.device.type != "meta":
+            self.apply(self.reset_parameters)
 
     def reset_parameters(self, module):
         """Normal weights of variance 1 / fan-in; what writes to the residual stream is scaled down with depth (GPT-2)."""
@@ -511,34 +544,22 @@ class LM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, device=None, dtype=None):
-        """Load a folder with config.json and safetensors: ours, or any Hugging Face Llama's.
+        """Load a folder or a Hugging Face repository: ours, any Llama's, a released MambaInLlama's or Llamba's.
 
         dtype: of the weights in memory (default: as stored), except FLOAT32_PARAMETERS. Raises FileNotFoundError for
         a missing file and ValueError for an unsupported model or a missing, extra or misshapen tensor, naming it.
+        Tensors are read one by one: the peak of memory is little above the size of the model.
         """
-        config = from_hf_config(read_config(folder))
-        tensors = read_safetensors(folder)
-        if config.tie_embeddings:
-            tensors.pop("lm_head.weight", None)  # some tied checkpoints store it twice
-        with torch.device("meta"):
+        folder = checkpoint_folder(folder)
+        values, stored = read_config(folder), stored_tensors(folder)
+        config = from_hf_config(released_values(values, stored))
+        with shapes_only():
             lm = cls(config)
-        expected = lm.state_dict()
-        for name in sorted(expected.keys() | tensors.keys()):
-            if name not in tensors:
-                raise ValueError(f"{folder}: tensor {name} is missing, expected shape {tuple(expected[name].shape)}")
-            if name not in expected:
-                raise ValueError(f"{folder}: unexpected tensor {name} of shape {tuple(tensors[name].shape)}")
-            if tensors[name].shape != expected[name].shape:
-                raise ValueError(f"{folder}: tensor {name} has shape {tuple(tensors[name].shape)}, "
-                                 f"expected {tuple(expected[name].shape)}")
-        for name, tensor in tensors.items():
-            keep = name.endswith(FLOAT32_PARAMETERS)
-            tensors[name] = tensor.to(device=device or "cpu", dtype=torch.float32 if keep else dtype or tensor.dtype)
-        lm.load_state_dict(tensors, assign=True)
+        lm.load_state_dict(read_tensors(folder, values, stored, lm, device or "cpu", dtype), assign=True)
         return lm
 
 
-# ------------------------------------------------------------------------------------------------ devices, files
+# ------------------------------------------------------------------------------------------------ devices
 def choose_device(device=None, dtype=None):
     """(torch.device, torch.dtype): what was asked for, else cuda in bfloat16 if there is one, else cpu in float32."""
     if device == "cuda" and not torch.cuda.is_available():
@@ -563,21 +584,26 @@ def device_name(device):
 
 def fingerprint(folder):
     """CRC-32 of a checkpoint's weights: tells whether two runs used the same model."""
-    crc = 0
+    crc, folder = 0, checkpoint_folder(folder)
     for name in sorted(os.listdir(folder)):
-        if name.endswith(".safetensors"):
+        if name.endswith((".safetensors", ".bin")):
             with open(os.path.join(folder, name), "rb") as f:
                 while block := f.read(1 << 24):
                     crc = zlib.crc32(block, crc)
     return f"{crc:08x}"
 
 
+# ------------------------------------------------------------------------------------------------ config.json
 # Config field -> key of a Hugging Face Llama config. Fields of ours (mixers, d_state, ...) keep their own names.
 HF_KEYS = dict(vocab_size="vocab_size", d_model="hidden_size", n_layers="num_hidden_layers",
                n_heads="num_attention_heads", n_kv_heads="num_key_value_heads", head_dim="head_dim",
                d_ff="intermediate_size", rope_theta="rope_theta", rope_scaling="rope_scaling",
                norm_eps="rms_norm_eps", tie_embeddings="tie_word_embeddings", max_length="max_position_embeddings",
-               mixers="mixers", d_state="d_state", d_conv="d_conv", dt_rank="dt_rank", eos_ids="eos_token_id")
+               mixers="mixers", d_state="d_state", d_conv="d_conv", dt_rank="dt_rank", discrete_mamba2="discrete_mamba2",
+               eos_ids="eos_token_id")
+# Keys of which only one value (or null, or none at all) is implemented here.
+ONLY = dict(hidden_act="silu", attention_bias=False, mlp_bias=False, rope_interleaved=False, partial_rotary_factor=1.0,
+            sliding_window=None, quantization_config=None)
 
 
 def to_hf_config(config, dtype):
@@ -593,10 +619,10 @@ def to_hf_config(config, dtype):
 def from_hf_config(values):
     """Config of a config.json dict, old layout (rope_theta, rope_scaling) or new (rope_parameters)."""
     if values.get("model_type") != "llama":
-        raise ValueError(f"unsupported model_type {values.get('model_type')!r}: only 'llama' is implemented")
-    for key in ("attention_bias", "mlp_bias"):
-        if values.get(key):
-            raise ValueError(f"unsupported config: {key} is true, Llama has no biases")
+        raise ValueError(f"unsupported model_type {values.get('model_type')!r}: only 'llama' and 'llamba' are implemented")
+    refuse_unless(values | (values.get("rope_parameters") or values.get("rope_scaling") or {}), ONLY, "config")
+    if values.get("architectures") and "LlamaForCausalLM" not in values["architectures"] and "mamba_config" not in values:
+        raise ValueError(f"unsupported architecture {', '.join(values['architectures'])}: only LlamaForCausalLM is")
     values = dict(values)
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 10000.0))
@@ -607,42 +633,295 @@ def from_hf_config(values):
     eos = values.get("eos_token_id")
     values["eos_token_id"] = [] if eos is None else [eos] if isinstance(eos, int) else eos
     missing = [key for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-                               "intermediate_size") if key not in values]
+                               "intermediate_size") if values.get(key) is None]
     if missing:
-        raise ValueError(f"config.json lacks {', '.join(missing)}")
+        base = f" (copy it from that of {values['_name_or_path']})" if values.get("_name_or_path") else ""
+        raise ValueError(f"config.json lacks {', '.join(missing)}{base}")
     values.setdefault("tie_word_embeddings", False)  # Hugging Face's default for a Llama that does not say
     return Config(**{field: values[key] for field, key in HF_KEYS.items() if key in values})
 
 
+def refuse_unless(values, only, what):
+    """ValueError if a key of `only` is in `values` with another value than the one implemented (or null)."""
+    for key, value in only.items():
+        if values.get(key) not in (None, value):
+            raise ValueError(f"unsupported {what}: {key} = {values[key]!r}, only {json.dumps(value)} is implemented")
+
+
 def read_config(folder):
-    """The dict of a folder's config.json."""
+    """The dict of a folder's config.json; if MambaInLlama released it, with its mamba_config.json under "mamba_config"."""
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint in {folder}: expected config.json and model.safetensors there")
+    values = read_json(path)
+    path = os.path.join(folder, "mamba_config.json")
+    if os.path.isfile(path) and "mixers" not in values:  # with mixers: what we saved ourselves
+        values["mamba_config"] = read_json(path)
+    return values
+
+
+def read_json(path):
     try:
         with open(path) as f:
-            return json.load(f)
-    except json.JSONDecodeError as error:
+            values = json.load(f)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not readable JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return values
 
 
-def read_safetensors(folder):
-    """All tensors of model.safetensors, or of the shards that model.safetensors.index.json names."""
-    index = os.path.join(folder, "model.safetensors.index.json")
-    names = ["model.safetensors"]
-    if os.path.exists(index):
-        with open(index) as f:
-            names = sorted(set(json.load(f)["weight_map"].values()))
+# ------------------------------------------------------------------------------------------------ weight files
+BLOCK = 1 << 23  # bytes of a tensor that are read at a time; of a .bin, slow to open (25 ms), eight times as many
+
+
+def hub_folder(path_or_repo, patterns):
+    """The folder itself, or where huggingface_hub keeps its copy of the files of "org/name" that match the patterns.
+
+    A name of that form counts as a repository unless its first half is a folder here ("out/pure" is a missing folder).
+    Raises FileNotFoundError, in one line, if the Hub cannot give the files.
+    """
+    name = str(path_or_repo)
+    if os.path.exists(name) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or os.path.isdir(name.split("/")[0]):
+        return name
+    try:
+        import huggingface_hub
+        from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    except ImportError:
+        raise FileNotFoundError(f"no folder {name}; to download it: pip install huggingface_hub") from None
+    try:
+        return huggingface_hub.snapshot_download(name, allow_patterns=list(patterns))
+    except GatedRepoError:
+        reason = "the Hugging Face repository is gated: accept its terms there, then `hf auth login` or set HF_TOKEN"
+    except RepositoryNotFoundError:
+        reason = "no Hugging Face repository of that name either (if it is private: `hf auth login` or set HF_TOKEN)"
+    except LocalEntryNotFoundError:
+        reason = "the Hugging Face Hub cannot be reached and there is no downloaded copy: go online, or give a folder"
+    except Exception as error:  # whatever else goes wrong on the way: disk, network, server
+        reason = f"downloading it failed: {type(error).__name__}: {first_line(error)}"
+    raise FileNotFoundError(f"no folder {name}; {reason}")
+
+
+def checkpoint_folder(path_or_repo):
+    """The folder of a checkpoint's config and weights; from the Hub safetensors, .bin only where a release has no others."""
+    folder = hub_folder(path_or_repo, ("*.json", "model*.safetensors"))
+    return folder if weight_files(folder) else hub_folder(path_or_repo, ("*.json", "pytorch_model*.bin"))
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
+
+
+def weight_files(folder):
+    """Paths of a folder's weights: safetensors, pytorch_model.bin only where there are none; sharded or not."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            return [path]
+        if os.path.isfile(path + ".index.json"):
+            files = set(read_json(path + ".index.json").get("weight_map", {}).values())
+            return [os.path.join(folder, file) for file in sorted(files)]
+    return []
+
+
+def open_weights(path):
+    """{name: (shape, rows)} of a weight file; rows[i:j] is read when it is asked for."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        if path.endswith(".bin"):
+            tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            return {name: (tuple(tensor.shape), tensor) for name, tensor in tensors.items()}
+        file = safe_open(path, framework="pt")
+        rows = {name: file.get_slice(name) for name in file.keys()}
+        return {name: (tuple(tensor.get_shape()), tensor) for name, tensor in rows.items()}
+    except (SafetensorError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is not a readable weight file: {first_line(error)}") from None
+
+
+def stored_tensors(folder):
+    """{name: (path, shape)} of all tensors of a folder, without those that the config determines (in files of 2023)."""
+    paths = weight_files(folder)
+    if not paths:
+        raise FileNotFoundError(f"no such file: {os.path.join(folder, 'model.safetensors')}")
+    return {name: (path, shape) for path in paths for name, (shape, _) in open_weights(path).items()
+            if not name.endswith("rotary_emb.inv_freq")}
+
+
+def read_blocks(path, name, start, shape):
+    """Yield (i, rows) for rows start .. start + shape[0] of a stored tensor, rows i, i + 1, ... of them at a time.
+
+    Pages of a mapped file count as memory until it is closed. So it is opened for every block anew (0.1 ms), and
+    neither a large file nor a large tensor is ever in memory beside its copy.
+    """
+    step = max(1, BLOCK * (8 if path.endswith(".bin") else 1) // (4 * math.prod(shape[1:])))
+    for i in range(0, shape[0], step):
+        yield i, open_weights(path)[name][1][start + i:start + min(i + step, shape[0])]
+
+
+@contextlib.contextmanager
+def shapes_only():
+    """Models made in here have shapes but no memory. Embedding's normal_ would import sympy there: a second and 75 MB."""
+    normal, nn.init.normal_ = nn.init.normal_, lambda tensor, *args, **kwargs: tensor
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        nn.init.normal_ = normal
+
+
+def read_rows(path, name, start, shape, device, dtype):
+    """Rows start, ... of a stored tensor as a tensor of this shape, in memory of its own."""
+    tensor = None
+    for i, rows in read_blocks(path, name, start, shape):
+        if not rows.is_floating_point():
+            raise ValueError(f"{path}: tensor {name} is stored as {rows.dtype}: only floating point is implemented")
+        if tensor is None:
+            tensor = torch.empty(shape, device=device, dtype=dtype or rows.dtype)
+        tensor[i:i + len(rows)] = rows
+    return tensor
+
+
+def read_tensors(folder, values, stored, lm, device, dtype):
+    """The state dict of `lm` from the files, every tensor checked, read and cast."""
+    ours = {name: tuple(tensor.shape) for name, tensor in lm.state_dict().items()}
+    pieces = {name: stored_pieces(values, lm.config, name, shape[0], stored) for name, shape in ours.items()}
+    expected = {}  # stored name -> shape: the last row that any piece of it needs
+    for name, piece in ((name, piece) for name in ours for piece in pieces[name]):
+        rows = max(piece.start + piece.rows, expected.get(piece.name, (0,))[0])
+        expected[piece.name] = (rows, *ours[name][1:])
+    if lm.config.tie_embeddings and "lm_head.weight" in stored:  # stored all the same: harmless if it is the embedding
+        expected["lm_head.weight"] = ours["model.embed_tokens.weight"]
+    for name in sorted(expected.keys() | stored.keys()):
+        if name not in stored:
+            raise ValueError(f"{folder}: tensor {name} is missing, expected shape {expected[name]}")
+        path, shape = stored[name]
+        if name not in expected:
+            raise ValueError(f"{folder}: unexpected tensor {name} of shape {shape}")
+        if shape != expected[name]:
+            raise ValueError(f"{folder}: tensor {name} has shape {shape}, expected {expected[name]}")
+
     tensors = {}
-    for path in (os.path.join(folder, name) for name in names):
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"no such file: {path}")
-        try:
-            with safe_open(path, framework="pt") as f:
-                tensors.update({key: f.get_tensor(key) for key in f.keys()})
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
+    for name, shape in ours.items():
+        kind = torch.float32 if name.endswith(FLOAT32_PARAMETERS) else dtype
+        parts = []
+        for piece in pieces[name]:
+            rows = read_rows(stored[piece.name][0], piece.name, piece.start, (piece.rows, *shape[1:]), device, kind)
+            parts.append(repeat_rows(rows, piece.group, piece.repeats))
+        if not parts:
+            parts = [torch.zeros(shape, device=device, dtype=kind or tensors["model.embed_tokens.weight"].dtype)]
+        tensors[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if "mamba_config" in values and name.endswith("mamba.dt_proj.bias"):
+            tensors[name] *= 2  # mamba/hybrid_mamba_layer.py adds it in dt_proj and once more in the scan
+    embedding = tensors["model.embed_tokens.weight"]
+    if lm.config.tie_embeddings and "lm_head.weight" in stored:
+        blocks = read_blocks(stored["lm_head.weight"][0], "lm_head.weight", 0, embedding.shape)
+        if not all(torch.equal(rows.to(embedding), embedding[i:i + len(rows)]) for i, rows in blocks):
+            raise ValueError(f"{folder}: tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight: "
+                             f"set tie_word_embeddings to false in config.json to use both")
     return tensors
+
+
+# ------------------------------------------------------------------------------------------------ released students
+def released_values(values, stored):
+    """config.json of a released student as one of ours; any other as it is."""
+    if values.get("model_type") == "llamba":
+        return llamba_values(values)
+    return mamba_in_llama_values(values, stored) if "mamba_config" in values else values
+
+
+def llamba_values(values):
+    """Llamba (modeling_llamba.py of cartesia-ai/edge): discrete Mamba-2 everywhere, as many heads of x as of B and C."""
+    ssm, mlp = values.get("ssm_cfg") or {}, values.get("mlp_cfg") or {}
+    needed = dict(vocab_size=values, d_model=values, n_layer=values, n_v_heads=ssm, d_state=ssm, intermediate_size=mlp)
+    if missing := [key for key, where in needed.items() if where.get(key) is None]:
+        raise ValueError(f"config.json of a Llamba lacks {', '.join(missing)}")
+    refuse_unless(ssm, dict(activation="identity", bias=False, conv_bias=True, n_qk_heads=ssm["n_v_heads"]), "ssm_cfg")
+    refuse_unless(mlp, dict(act_fn="silu", bias=False), "mlp_cfg")
+    refuse_unless(values, dict(lm_head_bias=False), "config")
+    return dict(model_type="llama", vocab_size=values["vocab_size"], hidden_size=values["d_model"],
+                num_hidden_layers=values["n_layer"], mixers=["mamba2"] * values["n_layer"],
+                num_attention_heads=ssm["n_v_heads"], head_dim=ssm.get("expand", 1) * values["d_model"] // ssm["n_v_heads"],
+                d_state=ssm["d_state"], d_conv=ssm.get("d_conv", 4), intermediate_size=mlp["intermediate_size"],
+                rms_norm_eps=values.get("norm_epsilon", 1e-5), tie_word_embeddings=values.get("tie_embeddings", False),
+                eos_token_id=values.get("eos_token_id"))
+
+
+def mamba_in_llama_values(values, stored):
+    """MambaInLlama: a Llama's config.json, and mamba_config.json (mamba/hybrid_mamba_config.py) for the layers replaced."""
+    config, mamba = from_hf_config(values), values["mamba_config"]
+    ssm, attention = mamba.get("ssm_cfg") or {}, mamba.get("attn_layers")
+    known = {"expand", "d_state", "d_conv", "dt_rank", "ngroups", "repeat_kv_before_conv", "chunk_size"}
+    if unknown := sorted(ssm.keys() - known):
+        raise ValueError(f"unsupported ssm_cfg in mamba_config.json: {', '.join(unknown)}")
+    if attention is None or not set(attention) <= set(range(config.n_layers)):
+        raise ValueError(f"mamba_config.json has attn_layers = {attention}, but layers are 0 .. {config.n_layers - 1}")
+    mixer = "mamba2" if "ngroups" in ssm else "mamba"
+    found = mamba | ssm | dict(d_inner=mamba.get("d_inner") or ssm.get("expand", 1) * config.d_model)
+    implied = dict(n_layer=config.n_layers, d_model=config.d_model, d_inner=config.n_heads * config.head_dim,
+                   d_xb=config.n_kv_heads * config.head_dim)
+    if mixer == "mamba2":
+        implied |= dict(ngroups=config.n_heads, d_state=config.head_dim)
+    for key, value in implied.items():
+        if found.get(key) != value:
+            raise ValueError(f"mamba_config.json has {key} = {found.get(key)}, but config.json implies {value}")
+    ours = dict(mixers=["attention" if i in attention else mixer for i in range(config.n_layers)],
+                d_state=ssm.get("d_state"), d_conv=ssm.get("d_conv", 4), discrete_mamba2=mixer == "mamba")
+    if isinstance(ssm.get("dt_rank"), int):  # else "auto", our default
+        ours["dt_rank"] = ssm["dt_rank"]
+    if any(".mha." in name for name in stored):  # M1, whose attention layers were trained without the base's scaling
+        ours |= dict(rope_theta=config.rope_theta, rope_scaling=None, rope_parameters=None)
+    return values | ours
+
+
+@dataclass
+class Piece:
+    """Rows of a stored tensor, in groups of which each is repeated: kv heads for the query heads that share them."""
+    name: str
+    start: int
+    rows: int
+    group: int = 1
+    repeats: int = 1
+
+
+def stored_pieces(values, config, name, rows, stored):
+    """Where a checkpoint keeps our tensor `name`: the pieces that make it up, from top to bottom; none: it starts at 0."""
+    if values.get("model_type") == "llamba":
+        for mine, theirs in (("model.embed_tokens", "backbone.embedding"), ("model.norm", "backbone.final_layernorm"),
+                             ("model.", "backbone."), (".mamba2.", ".mixer.")):
+            name = name.replace(mine, theirs)
+        return [] if name.endswith("A_log_bias") else [Piece(name, 0, rows)]
+    if "mamba_config" not in values:
+        return [Piece(name, 0, rows)]
+
+    heads, size, inner = config.n_heads, config.head_dim, config.n_heads * config.head_dim
+    kv, repeats = config.n_kv_heads * size, heads // config.n_kv_heads
+    layer, key = re.fullmatch(r"(model\.layers\.\d+\.)?(.*)", name).groups()
+    # What their inference code and M1 store as one (mamba_inference/hybrid_wrapper.py): z | x | B | C | dt and q | k | v.
+    fused = {"mamba.in_proj_z": ("mamba.in_proj", 0), "mamba.in_proj_x": ("mamba.in_proj", inner),
+             "mamba.B_proj": ("mamba.in_proj", inner + kv), "mamba.C_proj": ("mamba.in_proj", inner + 2 * kv),
+             "mamba.dt_proj_down": ("mamba.in_proj", 2 * inner + 2 * kv), "self_attn.q_proj": ("mha.in_proj", 0),
+             "self_attn.k_proj": ("mha.in_proj", inner), "self_attn.v_proj": ("mha.in_proj", inner + kv),
+             "self_attn.o_proj": ("mha.out_proj", 0)}
+    whole, start = fused.get(key.removesuffix(".weight"), (None, 0))
+    if whole and f"{layer}{whole}.weight" in stored:
+        return [Piece(f"{layer}{whole}.weight", start, rows)]
+    name = name.replace(".mamba2.", ".mamba.").replace("A_log_bias", "dt_bias")
+    # A convolution before the repetition of kv heads (repeat_kv_before_conv = False) has fewer channels: repeat its weights.
+    narrow = ".conv1d." in name and name in stored and stored[name][1][0] < rows
+    if narrow and key.startswith("mamba."):
+        return [Piece(name, 0, kv, config.state_size("mamba"), repeats)]
+    if narrow:
+        return [Piece(name, 0, kv, size, repeats), Piece(name, kv, kv, size, repeats), Piece(name, 2 * kv, inner)]
+    if key == "mamba2.in_proj.weight":  # z | x | B | C | dt there, x | B | C | z | a here
+        return [Piece(name, inner, kv, size, repeats), Piece(name, inner + kv, kv, size, repeats),
+                Piece(name, inner + 2 * kv, inner), Piece(name, 0, inner), Piece(name, 2 * inner + 2 * kv, heads)]
+    return [] if key == "mamba2.z_bias" else [Piece(name, 0, rows)]
+
+
+def repeat_rows(weight, group, repeats):
+    """Groups of rows, each repeated consecutively: [k1, k2] -> [k1, k1, k2, k2], as the queries of a kv head sit."""
+    return weight if repeats == 1 else weight.unflatten(0, (-1, group)).repeat_interleave(repeats, dim=0).flatten(0, 1)
 
 
 # ------------------------------------------------------------------------------------------------ teacher -> student
@@ -702,10 +981,8 @@ def mamba2_from_attention(mamba2, attention):
     none). Decays start slow, one memory length per head and the same for every token: a state that forgets within a
     few tokens gets no gradient for what it should have kept.
     """
-    repeats = attention.n_heads // attention.n_kv_heads
-
-    def repeat(weight):  # (K h, d) -> (H h, d): whole heads, consecutively, as the queries of a group sit
-        return weight.unflatten(0, (-1, attention.head_dim)).repeat_interleave(repeats, dim=0).flatten(0, 1)
+    def repeat(weight):  # (K h, d) -> (H h, d)
+        return repeat_rows(weight, attention.head_dim, attention.n_heads // attention.n_kv_heads)
 
     x, B, C, z, a = mamba2.in_proj.weight.split(mamba2.sizes)
     x.copy_(repeat(attention.v_proj.weight))
