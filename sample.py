@@ -2,6 +2,7 @@
 
     python sample.py                      every model under out/, 64 samples of each test problem
     python sample.py --model out/pure --num-samples 256 --temperature 0.6
+    torchrun --nproc_per_node=8 sample.py --task gsm8k --model folder      each process takes its share of the problems
 
 Reads   out/<name>/ (a checkpoint of distill.py)
 Writes  out/<name>/samples.jsonl, one record per completion, and samples.json: the settings and the speed
@@ -20,7 +21,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Parser, at_least, find_models, load_task, load_tokenizer, read_json, refuse_other_settings, run, write_json
+from data import (Parser, at_least, choose_subset, find_models, load_task, load_tokenizer, prompt_template, read_json,
+                  refuse_other_settings, run, write_json)
 from model import LM, choose_device, columns_read, device_name, fingerprint
 
 # ------------------------------------------------------------------------------------------------ random numbers
@@ -244,48 +246,77 @@ def write_summary(folder, settings, lm, records_tokens, seconds):
     write_json(os.path.join(folder, "samples.json"), summary)
 
 
-def sample_model(model_folder, folder, problems, args):
-    """All samples of one model into folder/samples.jsonl, going on where an earlier run stopped."""
+def sample_model(model_folder, folder, problems, args, rank, world):
+    """All samples of one model into folder/samples.jsonl, going on where an earlier run stopped.
+
+    Of several processes each takes every world-th problem and appends to the same file, a record with one write. Their clocks
+    start together, so that `seconds` means the same in every record.
+    """
     lm = LM.from_pretrained(model_folder, args.device, args.dtype).eval()
-    tokenizer = load_tokenizer(model_folder)
-    prompts = [tokenizer.chat(problem.question) for problem in problems]
+    tokenizer, template = load_tokenizer(model_folder), prompt_template(args.task, args.prompt_file)
+    prompts = [tokenizer.chat(template.replace("{question}", problem.question)) for problem in problems]
     check_settings(prompts, args.num_samples, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.batch_size)
-    settings = dict(task=args.task, problems=len(problems), num_samples=args.num_samples, batch_size=args.batch_size,
-                    max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                    seed=args.seed, device=str(lm.device), dtype=str(lm.dtype).removeprefix("torch."),
-                    weights=fingerprint(model_folder))
+    settings = dict(task=args.task, problems=len(problems), subset_seed=args.subset_seed, prompt=template,
+                    num_samples=args.num_samples, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens,
+                    temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed, processes=world,
+                    device=lm.device.type, dtype=str(lm.dtype).removeprefix("torch."), weights=fingerprint(model_folder))
     path, summary = os.path.join(folder, "samples.jsonl"), os.path.join(folder, "samples.json")
     if os.path.exists(path):
         refuse_other_settings(path, read_json(summary)["settings"] if os.path.exists(summary) else {}, settings)
+    wait_for_all(world)  # nobody writes before everybody has compared the settings
     os.makedirs(folder, exist_ok=True)
     records = read_samples(path)
     done, tokens = {(r["problem"], r["sample"]) for r in records}, sum(r["num_tokens"] for r in records)
-    offset = seconds = records[-1]["seconds"] if records else 0.0
-    write_summary(folder, settings, lm, tokens, seconds)
+    offset = seconds = max((r["seconds"] for r in records), default=0.0)
+    if rank == 0:
+        write_summary(folder, settings, lm, tokens, seconds)
     if len(done) == len(problems) * args.num_samples:
-        print(f"{path}: finished")
+        if rank == 0:
+            print(f"{path}: finished")
         return
-    knobs = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, stop_ids=tokenizer.eos_ids,
-                 seed=args.seed, batch_size=args.batch_size)
-    for _ in generate(lm, prompts, num_samples=args.num_samples, max_new_tokens=2, **knobs | dict(stop_ids=())):
+    mine = range(rank, len(problems), world)
+    skip = done | {(i, sample) for i in range(len(problems)) if i not in mine for sample in range(args.num_samples)}
+    knobs = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed, batch_size=args.batch_size,
+                 num_samples=args.num_samples, skip=skip)
+    for _ in generate(lm, prompts, max_new_tokens=2, **knobs):
         break  # warm-up: one prefill per row and a few steps, at full batch size
-    with open(path, "a", encoding="utf-8") as f, progress(folder, len(problems) * args.num_samples, len(done)) as bar:
-        for c in generate(lm, prompts, num_samples=args.num_samples, max_new_tokens=args.max_new_tokens, skip=done, **knobs):
+    wait_for_all(world)
+    mine_done = sum(problem in mine for problem, _ in done)
+    with open(path, "ab", buffering=0) as f, progress(folder, len(mine) * args.num_samples, mine_done, rank) as bar:
+        for c in generate(lm, prompts, max_new_tokens=args.max_new_tokens, stop_ids=tokenizer.eos_ids, **knobs):
             seconds, tokens = offset + c.seconds, tokens + len(c.tokens)
             problem = problems[c.problem]
             record = dict(problem=c.problem, sample=c.sample, question=problem.question, gold=problem.answer,
                           completion=tokenizer.decode(c.tokens), num_tokens=len(c.tokens), finish=c.finish,
                           seconds=round(seconds, 4))
-            f.write(json.dumps(record) + "\n")
-            f.flush()
+            f.write((json.dumps(record) + "\n").encode())
             bar.set_postfix_str(f"{tokens / seconds:,.0f} tokens/s", refresh=False)
             bar.update()
-    write_summary(folder, settings, lm, tokens, seconds)
+    wait_for_all(world)
+    if rank == 0:
+        records = read_samples(path)
+        write_summary(folder, settings, lm, sum(r["num_tokens"] for r in records),
+                      max((r["seconds"] for r in records), default=0.0))
 
 
-def progress(folder, total, initial):
-    """A bar for a terminal, a line every ten seconds for a file."""
-    return tqdm(desc=os.path.basename(folder), total=total, initial=initial, unit="sample", dynamic_ncols=True,
+def join_processes(device):
+    """(rank, number of processes) under torchrun, after which they can wait for each other; else (0, 1)."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("gloo")
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def wait_for_all(world):
+    if world > 1:
+        torch.distributed.barrier()
+
+
+def progress(folder, total, initial, rank):
+    """A bar for a terminal, a line every ten seconds for a file; of the first process's share."""
+    return tqdm(disable=rank > 0, desc=os.path.basename(folder), total=total, initial=initial, unit="sample", dynamic_ncols=True,
                 mininterval=0.5 if sys.stderr.isatty() else 10)
 
 
@@ -294,8 +325,11 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--model", nargs="+", help="folders of checkpoints; default: every model under --out")
     parser.add_argument("--out", default="out", help="samples go to OUT/<model's name>/samples.jsonl")
-    parser.add_argument("--task", default="arithmetic", help="arithmetic, or a .jsonl file with question and answer")
-    parser.add_argument("--limit", type=at_least(1), default=96, help="how many test problems, from the first")
+    parser.add_argument("--task", default="arithmetic", help="arithmetic, gsm8k, math500, openmath2, or a .jsonl file")
+    parser.add_argument("--limit", type=at_least(1), default=96, help="how many test problems")
+    parser.add_argument("--subset-seed", type=int, help="take them at random with this seed; default: the first")
+    parser.add_argument("--prompt-file", help="file with the text around {question}; default: the bare question for "
+                        "arithmetic, else an instruction to reason step by step")
     parser.add_argument("--num-samples", type=int, default=64, help="completions per problem (k)")
     parser.add_argument("--max-new-tokens", type=int, default=896, help="longest completion")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
@@ -311,13 +345,17 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     args.device, args.dtype = choose_device(args.device, args.dtype)
+    rank, world = join_processes(args.device)
     folders = args.model or find_models(args.out)
-    problems = load_task(args.task, "test")[:args.limit]
-    print(f"{len(problems)} problems of {args.task} x {args.num_samples} samples, batch {args.batch_size}, "
-          f"temperature {args.temperature}: {', '.join(folders)}")
+    problems = choose_subset(load_task(args.task, "test"), args.limit, args.subset_seed)
+    if rank == 0:
+        print(f"{len(problems)} problems of {args.task} x {args.num_samples} samples, batch {args.batch_size}, "
+              f"temperature {args.temperature}: {', '.join(folders)}")
     for folder in folders:
         name = os.path.basename(os.path.normpath(folder))
-        sample_model(folder, os.path.join(args.out, name), problems, args)
+        sample_model(folder, os.path.join(args.out, name), problems, args, rank, world)
+    if world > 1:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

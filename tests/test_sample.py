@@ -4,6 +4,9 @@ passes and from random numbers computed here."""
 import json
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -359,6 +362,7 @@ def test_an_empty_prompt_is_refused_by_its_number(hybrid):
 
 
 # ------------------------------------------------------------------------------------------------ samples.jsonl
+ROOT = Path(__file__).resolve().parents[1]
 FIELDS = ["problem", "sample", "question", "gold", "completion", "num_tokens", "finish", "seconds"]
 
 
@@ -498,3 +502,43 @@ def test_without_a_model_every_model_under_out_is_sampled(tiny_out, task_file, t
     assert names == ["hybrid", "pure", "teacher"]
     for name in names:
         assert len(records(tmp_path / "out" / name)) == 2
+
+
+def test_two_processes_share_the_problems_and_write_what_one_writes(tiny_out, task_file, tmp_path):
+    """Data-parallel under torchrun: one file, each completion once, the same texts; a second run finds nothing to do.
+    Red if a process takes another's problems, or if texts depend on who drew them."""
+    options = [str(ROOT / "sample.py"), "--task", task_file, "--limit", "5", "--num-samples", "3", "--max-new-tokens", "8",
+               "--batch-size", "4", "--device", "cpu", "--model", str(tiny_out / "hybrid"), "--out"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    parallel = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options, str(two)]
+    for command in ([sys.executable, *options, str(one)], parallel):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    texts = [{(r["problem"], r["sample"]): r["completion"] for r in records(out / "hybrid")} for out in (one, two)]
+    assert texts[0] == texts[1] and len(records(two / "hybrid")) == 15
+    summary = json.loads((two / "hybrid" / "samples.json").read_text())
+    assert summary["settings"]["processes"] == 2
+    assert summary["tokens"] == sum(r["num_tokens"] for r in records(two / "hybrid"))
+    before = (two / "hybrid" / "samples.jsonl").read_bytes()
+    again = subprocess.run(parallel, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0 and (two / "hybrid" / "samples.jsonl").read_bytes() == before
+
+
+def test_the_prompt_file_is_put_around_the_question(command, tmp_path, monkeypatch):
+    """The model reads the template with the question in it; records keep the bare question. Red if one of them is mixed up."""
+    template = tmp_path / "prompt.txt"
+    template.write_text("Q {question} A")
+    seen = []
+    monkeypatch.setattr(sample, "generate", lambda lm, prompts, **settings: seen.append(prompts) or iter(()))
+    command(tmp_path, "--prompt-file", str(template))
+    tokenizer = sample.load_tokenizer("arithmetic")
+    assert tokenizer.decode(seen[0][0][1:-1]).startswith("Q ") and tokenizer.decode(seen[0][0][1:-1]).endswith(" A")
+
+
+def test_a_subset_is_drawn_with_its_seed(command, tmp_path, task_file):
+    """--subset-seed takes other problems than the first, always the same ones."""
+    command(tmp_path, "--subset-seed", "3")
+    problems = sample.load_task(task_file, "test")
+    wanted = [p.question for p in sample.choose_subset(problems, 4, 3)]
+    found = {r["problem"]: r["question"] for r in records(tmp_path / "pure")}
+    assert [found[i] for i in range(len(found))] == wanted[:len(found)] != [p.question for p in problems[:len(found)]]
