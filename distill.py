@@ -2,29 +2,49 @@
 
     python distill.py                                     the tiny teacher, then both students, into out/
     python distill.py --student hybrid --attention-layers 0,2 --kl forward
-    python distill.py --teacher folder --task file.jsonl --student pure --mixer mamba2
+    python distill.py --teacher folder --task gsm8k --sft --student pure        fine-tune a copy of the teacher first
+    torchrun --nproc_per_node=8 distill.py ...            the same training on eight GPUs (or CPU processes)
 
 Reads   a teacher's checkpoint (the repository ships the built-in task's; --pretrain trains it anew), a task
 Writes  out/<name>/: config.json, model.safetensors, tokenizer; metrics.jsonl (the training curves); training.json
-A killed run goes on from its last checkpoint when the same command is run again, and ends where it would have ended.
+A killed run goes on from its last checkpoint when the same command is run again, and ends where it would have ended,
+on whatever number of processes.
 
-Contents: losses, batches, schedule and optimiser, the training loop with its checkpoints, recipes, the script.
+Contents: losses, batches, schedule and optimiser, processes, memory, the training loop with its checkpoints, the
+teacher, training data, students and their stages, the script.
 """
 import argparse
+import contextlib
 import dataclasses
+import datetime
+import functools
+import io
 import itertools
 import json
 import os
 import pickle
 import random
 import shutil
+import sys
 import time
 
 import torch
+import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
-from data import Parser, at_least, load_task, load_tokenizer, read_json, refuse_other_settings, run, write_json
-from model import LM, Attention, Config, Mamba, choose_device, fingerprint, student_from
+from data import (Parser, at_least, choose_subset, load_task, load_tokenizer, prompt_template, read_json,
+                  refuse_other_settings, run, token_cache, write_json)
+from grade import extract_answer, is_correct
+from model import (LM, Attention, Block, Config, Mamba, choose_device, fingerprint, from_hf_config, hub_folder, read_config,
+                   student_from)
+from sample import generate, read_samples
 
 IGNORE = -100  # label of a position whose prediction does not count
 
@@ -68,10 +88,21 @@ def matrix_loss(student, teacher, tokens, valid):
             if isinstance(block.mix(), Attention):
                 continue
             with torch.no_grad():
-                target = source.mix().matrix(source.input_layernorm(x), rope)  # (B, H, L, L)
-            difference = (block.mix().matrix(block.input_layernorm(x), rope) - target) * valid[:, None, :, None]
+                target = mixing(source, x, rope)  # (B, H, L, L)
+            difference = (mixing(block, x, rope) - target) * valid[:, None, :, None]
             loss = loss + difference.square().sum((2, 3)).sqrt().mean()
     return loss
+
+
+def mixing(block, x, rope):
+    """The matrix (B, H, L, L) by which a block's mixer combines tokens, given the block's input x (B, L, d_model)."""
+    sharded = isinstance(block, FSDPModule)
+    if sharded:
+        block.unshard()  # FSDP does so by itself only around a block's own call
+    matrix = block.mix().matrix(block.input_layernorm(x), rope)
+    if sharded and not matrix.requires_grad:
+        block.reshard()  # otherwise FSDP does after the backward pass
+    return matrix
 
 
 def hidden_loss(student, teacher, tokens, valid):
@@ -92,8 +123,8 @@ def hidden_loss(student, teacher, tokens, valid):
 
 
 # ------------------------------------------------------------------------------------------------ batches
-def batches(problems, tokenizer, tokens_per_batch, max_length, seed, share=lambda step: 1.0):
-    """Endless batches of worked solutions: (tokens (B, L), labels (B, L), valid (B, L)), always the same for a seed.
+def batches(pairs, tokens_per_batch, max_length, seed, share=lambda step: 1.0):
+    """Endless batches of (prompt, answer) pairs: (tokens (B, L), labels (B, L), valid (B, L)), always the same for a seed.
 
     Sequences of similar length go together, so that little is padded; rows are padded on the right, where a causal
     model's real tokens cannot see it. B x L is at most tokens_per_batch (a longer sequence comes alone).
@@ -102,19 +133,31 @@ def batches(problems, tokenizer, tokens_per_batch, max_length, seed, share=lambd
     rng, step = random.Random(seed), 0
     while True:
         before = step
-        order = rng.sample(range(len(problems)), len(problems))
+        order = rng.sample(range(len(pairs)), len(pairs))
         for pool in (order[i:i + 512] for i in range(0, len(order), 512)):
-            pairs = [(tokenizer.chat(problems[i].question), tokenizer.encode(problems[i].solution) + tokenizer.eos_ids[:1])
-                     for i in pool]
-            pairs = sorted((p for p in pairs if length_of(p) <= max_length), key=length_of)
-            kept = [p for p in pairs if length_of(p) <= share(step) * length_of(pairs[-1])]
-            groups = list(split_by_tokens(kept or pairs, tokens_per_batch))
+            pool = sorted((p for p in map(pairs.__getitem__, pool) if length_of(p) <= max_length), key=length_of)
+            kept = [p for p in pool if length_of(p) <= share(step) * length_of(pool[-1])]
+            groups = list(split_by_tokens(kept or pool, tokens_per_batch))
             rng.shuffle(groups)
             for group in groups:
                 yield collate(group)
                 step += 1
         if step == before:
             raise ValueError(f"every worked solution is longer than the model's max_length = {max_length} tokens")
+
+
+class Pairs:
+    """(prompt ids, answer ids) of every worked solution, as a sequence read from the token cache on disk."""
+
+    def __init__(self, tokens, bounds):
+        self.tokens, self.bounds = tokens, bounds  # all ids in a row; (n, 3): start, start of the answer, end
+
+    def __len__(self):
+        return len(self.bounds)
+
+    def __getitem__(self, index):
+        start, answer, end = self.bounds[index]
+        return self.tokens[start:answer].tolist(), self.tokens[answer:end].tolist()
 
 
 def curriculum(steps, start=0.15, until=0.5):
@@ -124,6 +167,28 @@ def curriculum(steps, start=0.15, until=0.5):
     trained on full length from the start does not learn to look up at all within the built-in experiment's budget.
     """
     return lambda step: min(1.0, start + (1 - start) * step / max(1, until * steps))
+
+
+def deal(batch, over, accumulate):
+    """This process's part of a batch, in up to `accumulate` pieces: (tokens, labels, valid, weight) each.
+
+    Rows are dealt out like cards, so that all pieces have short rows and long ones, and cut to their longest row.
+    weight is a piece's share of what the loss is a mean over: the weighted sum over all pieces of all processes is the
+    loss of the whole batch, and so is its gradient. A process left without a row in the last round computes row 0 with
+    weight 0, because FSDP's exchanges need everyone.
+    """
+    rows = len(batch[0])
+    pieces = min(accumulate, -(-rows // world())) * world()
+    for piece in range(rank(), pieces, world()):
+        tokens, labels, valid = (t[piece::pieces] if piece < rows else t[:1] for t in batch)
+        weight = count(over, labels, valid) / count(over, *batch[1:]) if piece < rows else 0.0
+        length = int(valid.sum(1).max())
+        yield tokens[:, :length], labels[:, :length], valid[:, :length], weight
+
+
+def count(over, labels, valid):
+    """How many rows, tokens or answers (tokens with a label) a batch has."""
+    return int(dict(rows=torch.tensor(len(valid)), tokens=valid.sum(), answers=(labels != IGNORE).sum())[over])
 
 
 def length_of(pair):
@@ -181,13 +246,206 @@ def train_only_mixers(lm, only):
             block.mix().requires_grad_(True)
 
 
+# ------------------------------------------------------------------------------------------------ processes
+# Under torchrun, N processes train one model with PyTorch's FSDP2: each keeps 1/N of every weight, gradient and moment,
+# and computes its part of every batch; a block's weights are gathered, in float32, around the block's call. Checkpoints
+# hold whole tensors. Outside torchrun there is one process, and all this does nothing.
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def processes(device):
+    """Meet the other processes of torchrun, if there are any. Only the first one prints; they end where the block ends."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    dist.init_process_group("nccl" if gpus else "gloo", timeout=datetime.timedelta(days=1))  # some wait while one works
+    try:
+        if gpus and gpus < int(os.environ["LOCAL_WORLD_SIZE"]):
+            raise ValueError(f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']} needs as many GPUs, and PyTorch finds "
+                             f"{gpus} here: lower it, or use --device cpu")
+        if gpus:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        with contextlib.redirect_stdout(open(os.devnull, "w") if rank() else sys.stdout):
+            yield
+    except (ValueError, OSError):
+        if rank():
+            time.sleep(5)  # what all run into is said by the first one, whose end makes torchrun end the others
+        raise
+    barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # not the usual way: there PyTorch's threads race with Python's end, and abort one process in twenty
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """What is made on disk here is made by the first process, and found by the others."""
+    if rank():
+        barrier()
+    yield
+    if not rank():
+        barrier()
+
+
+def agreed(value):
+    """The first process's value, in all of them."""
+    values = [value]
+    if world() > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def total(value):
+    """Sum over all processes of a scalar tensor."""
+    if world() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def whole(tree):
+    """A nested state with its sharded tensors put together: in the first process, on the CPU; None in the others."""
+    def gather(tensor):
+        full = tensor.full_tensor()
+        return None if rank() else full.cpu()
+    return tree_map_only(DTensor, gather, tree)
+
+
+def part_of(tensor, like):
+    """A whole tensor, cut as `like` is."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+class Objective(nn.Module):
+    """A loss of a student and its teacher as one module: what FSDP wraps, and gathers the embeddings around."""
+
+    def __init__(self, lm, teacher=None):
+        super().__init__()
+        self.lm, self.teacher = lm, teacher
+
+    def forward(self, loss, tokens, labels, valid):
+        return loss(self.lm, tokens, labels, valid)
+
+
+def prepare(lm, teacher, args):
+    """The Objective of a student (and its teacher), with compilation, activation checkpointing and sharding as asked for.
+
+    The first two replace each block's `forward` in place, so that names in checkpoints stay as they are.
+    """
+    objective = Objective(lm, teacher)
+    blocks = [*lm.layers, *(teacher.layers if teacher else [])]
+    for block in blocks if args.compile else ():
+        block.forward = torch.compile(block.forward)
+    for block in lm.layers if args.checkpoint_activations else ():
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    if world() > 1:
+        mesh = init_device_mesh(args.device.type, (world(),))
+        for module in (*blocks, objective):
+            fully_shard(module, mesh=mesh)  # moves its weights to the mesh's device
+    return objective
+
+
+def home(args):
+    """Where models are made: many processes make theirs on the CPU and move only their part."""
+    return args.device if world() == 1 else "cpu"
+
+
+# ------------------------------------------------------------------------------------------------ memory
+def check_memory(config, teacher, pairs, stages, args):
+    """Print what a process needs at its peak; ValueError if the device has less. Nothing is loaded yet."""
+    lengths = pairs.bounds[:, 2] - pairs.bounds[:, 0]
+    longest = min(int(lengths.max()), config.max_length)
+    tokens = max(-(-args.batch_tokens // (world() * args.accumulate)), longest)  # in the largest piece of a batch
+    answers = float((pairs.bounds[:, 2] - pairs.bounds[:, 1]).sum() / lengths.sum())  # share of them that is answers
+    needed = memory_needed(config, teacher, tokens, answers, min(longest, args.matrix_length), stages, args)
+    total, free, most = sum(needed.values()), free_memory(args.device), max(needed, key=needed.get)
+    print(f"memory: about {total / 1e9:.2g} GB per process at the peak, {free / 1e9:.3g} GB free: "
+          + ", ".join(f"{name} {size / 1e9:.2g}" for name, size in needed.items() if size), flush=True)
+    if total > free:
+        smaller = "shorter solutions" if tokens == longest else f"--accumulate {2 * args.accumulate} or more"
+        advice = dict(logits=smaller, activations=smaller if args.checkpoint_activations else "--checkpoint-activations")
+        raise ValueError(f"training needs about {total / 1e9:.3g} GB per process, {free / 1e9:.3g} GB are free, and most is "
+                         f"needed for {most}: try {advice.get(most, 'more processes (torchrun --nproc_per_node=N)')}")
+
+
+def memory_needed(config, teacher, tokens, answers, matrix_length, stages, args):
+    """Bytes per process, by purpose. teacher: its Config or None. Within a quarter of what was measured on CPUs."""
+    width = 2 if args.dtype == torch.bfloat16 else 4  # bytes of what autocast computes
+    with torch.device("meta"):  # shapes without memory
+        size, theirs = LM(config).num_parameters(), LM(teacher).num_parameters() if teacher else 0
+    blocks = {mixer: block_memory(config, mixer, args) for mixer in set(config.mixers)}
+    layers = sum(map(blocks.get, config.mixers))
+    if args.checkpoint_activations:  # the input of every block; one block at a time with its gradients
+        layers = 4 * config.d_model * config.n_layers + 2 * max(blocks.values())
+    if "matrices" in stages:  # five (H, L, L) matrices per layer
+        layers = max(layers if stages - {"matrices"} else 0, 5 * 4 * config.n_heads * matrix_length * config.n_layers)
+    embeddings = 4 * config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2)
+    return {
+        "weights, gradients and moments": 16 * size / world(),
+        "teacher": 4 * theirs / world(),
+        "gathered weights": (world() > 1) * (4 * embeddings + 16 * size / config.n_layers),  # FSDP's, for the moment
+        "copies for autocast": 2 * size if width == 2 and not args.checkpoint_activations else 0,
+        "activations": tokens * layers,
+        # KL: logits of both, then float32 at answer positions: both log-softmaxes, the terms of the KL, a gradient
+        "logits": tokens * config.vocab_size * (2 * width + 18 * answers if "kl" in stages else width + 8)}
+
+
+def block_memory(config, mixer, args):
+    """Bytes per token that autograd keeps of a block, measured: the slope between two lengths."""
+    def run(length):
+        x = torch.randn(1, length, config.d_model, device=args.device, requires_grad=True)
+        rope = [torch.ones(1, 1, length, config.head_dim // 2, device=args.device)] * 2
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.dtype == torch.bfloat16, cache_enabled=False):
+            return block(x, rope)
+    with torch.device(args.device):
+        block = Block(config, mixer)
+    return (kept_bytes(run, 256) - kept_bytes(run, 128)) / 128
+
+
+def kept_bytes(function, length):
+    """Bytes of the tensors that autograd keeps of function(length) for a backward pass."""
+    storages = {}
+
+    def note(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = function(length)  # alive until all are counted: an address is then counted once
+    return sum(storages.values())
+
+
+def free_memory(device):
+    """Bytes that a process may use now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world() > 1 else 1
+    if os.path.exists("/proc/meminfo"):
+        with open("/proc/meminfo") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable")) // here
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // here
+
+
 # ------------------------------------------------------------------------------------------------ training
 @dataclasses.dataclass
 class Stage:
-    """A stretch of training with one loss: loss(lm, tokens, labels, valid) -> scalar."""
+    """A stretch of training with one loss: loss(lm, tokens, labels, valid) -> scalar, a mean over what `count` counts."""
     name: str
     lr: float
     loss: object
+    over: str = "answers"
     mixers_only: bool = False
     steps: int = 0
 
@@ -204,6 +462,8 @@ class Run:
         self.stage, self.step, self.tokens, self.losses = 0, 0, 0, []  # losses since the last log line
         if os.path.exists(self.path("training.json")):
             refuse_other_settings(folder, read_json(self.path("training.json")), settings)
+        elif os.path.exists(self.path("config.json")):
+            raise ValueError(f"{folder} holds a model that this command did not make: choose another --out, or delete it")
 
     def path(self, name):
         return os.path.join(self.folder, name)
@@ -213,35 +473,50 @@ class Run:
 
     def save(self, lm, optimizer):
         position = dict(stage=self.stage, step=self.step, tokens=self.tokens, losses=[float(loss) for loss in self.losses])
-        torch.save(dict(model=lm.state_dict(), optimizer=optimizer.state_dict(), rng=torch.get_rng_state(),
-                        position=position), self.path("training.pt.tmp"))
-        os.replace(self.path("training.pt.tmp"), self.path("training.pt"))
+        state = whole(dict(model=lm.state_dict(), optimizer=optimizer.state_dict()))
+        if not rank():
+            torch.save(dict(**state, rng=torch.get_rng_state(), position=position), self.path("training.pt.tmp"))
+            os.replace(self.path("training.pt.tmp"), self.path("training.pt"))
 
     def load(self, lm):
         """Restore weights and position; returns the optimiser's state, or None at the very beginning."""
         path = self.path("training.pt")
         if not os.path.exists(path):
-            os.makedirs(self.folder, exist_ok=True)
-            write_json(self.path("training.json"), self.settings)
-            write_lines(self.path("metrics.jsonl"), [])
+            self.begin()
             return None
         try:
-            saved = torch.load(path, weights_only=True, map_location=lm.device)
+            saved = torch.load(path, weights_only=True, map_location=lm.device if world() == 1 else "cpu")
         except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
             raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}): delete it to start over")
-        lm.load_state_dict(saved["model"])
+        mine = lm.state_dict()
+        lm.load_state_dict({name: part_of(tensor, mine[name]) for name, tensor in saved["model"].items()})
         torch.set_rng_state(saved["rng"].cpu())
         self.__dict__.update(saved["position"])
         lines = [line for line in open(self.path("metrics.jsonl")) if line.endswith("\n")]
-        write_lines(self.path("metrics.jsonl"), [line for line in lines if json.loads(line)["tokens"] <= self.tokens])
+        barrier()  # all have read it
+        if not rank():
+            write_lines(self.path("metrics.jsonl"), [line for line in lines if json.loads(line)["tokens"] <= self.tokens])
         print(f"{self.folder}: going on at stage {self.stage + 1}, step {self.step}", flush=True)
         return saved["optimizer"]
 
+    def begin(self):
+        barrier()  # all have seen that there is nothing to go on from
+        if not rank():
+            os.makedirs(self.folder, exist_ok=True)
+            write_json(self.path("training.json"), self.settings)
+            write_lines(self.path("metrics.jsonl"), [])
+
     def finish(self, lm, tokenizer):
-        tokenizer.save(self.folder)
-        lm.save_pretrained(self.folder)
-        if os.path.exists(self.path("training.pt")):
-            os.remove(self.path("training.pt"))
+        state = whole(lm.state_dict())
+        if not rank():
+            with torch.device("meta"):
+                lm = LM(lm.config)
+            lm.load_state_dict(state, assign=True)
+            tokenizer.save(self.folder)
+            lm.save_pretrained(self.folder)
+            if os.path.exists(self.path("training.pt")):
+                os.remove(self.path("training.pt"))
+        barrier()  # the others may read it next
 
 
 def write_lines(path, lines):
@@ -250,43 +525,61 @@ def write_lines(path, lines):
     os.replace(path + ".tmp", path)
 
 
-def train(run, lm, stages, make_batches, args):
+def load_optimizer(optimizer, state):
+    """optimizer.load_state_dict for a checkpoint's whole tensors."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {index: {name: part_of(value, parameters[index]) if value.dim() else value for name, value in of_one.items()}
+               for index, of_one in state["state"].items()}
+    optimizer.load_state_dict(state | dict(state=moments))
+
+
+def train(run, objective, stages, make_batches, args):
     """Run the stages that are left of a Run, from where it stands. make_batches(index, steps) -> a stage's batches."""
+    lm = objective.lm
     optimizer_state = run.load(lm)
     for index in range(run.stage, len(stages)):
         stage = stages[index]
         train_only_mixers(lm, stage.mixers_only)
         optimizer = make_optimizer(lm, stage.lr)
         if optimizer_state:
-            optimizer.load_state_dict(optimizer_state)
+            load_optimizer(optimizer, optimizer_state)
             optimizer_state = None
-        train_stage(run, lm, stage, optimizer, itertools.islice(make_batches(index, stage.steps), run.step, None), args)
+        data = itertools.islice(make_batches(index, stage.steps), run.step, None)
+        train_stage(run, objective, stage, optimizer, data, args)
         run.stage, run.step = index + 1, 0
     train_only_mixers(lm, False)
 
 
-def train_stage(run, lm, stage, optimizer, data, args):
+def train_stage(run, objective, stage, optimizer, data, args):
     """The training loop: one step per batch, one log line per interval, a checkpoint now and then."""
     clock, began, tokens_before = time.perf_counter, time.perf_counter(), run.tokens
-    for tokens, labels, valid in itertools.islice(data, stage.steps - run.step):
-        tokens, labels, valid = (t.to(args.device) for t in (tokens, labels, valid))
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.dtype == torch.bfloat16):
-            loss = stage.loss(lm, tokens, labels, valid)
-        loss.backward()
+    for batch in itertools.islice(data, stage.steps - run.step):
+        run.losses.append(batch_gradient(objective, stage, batch, args))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(run.step, stage.steps, stage.lr)
-        norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(objective.lm.parameters(), 1.0)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         optimizer.step()
         optimizer.zero_grad()
-        run.step, run.tokens = run.step + 1, run.tokens + int(valid.sum())
-        run.losses.append(loss.detach())
+        run.step, run.tokens = run.step + 1, run.tokens + int(batch[2].sum())
         if run.step % args.log_every == 0 or run.step == stage.steps:
             seconds = clock() - began
             log(run, stage, sum(map(float, run.losses)) / len(run.losses), norm.item(), optimizer.param_groups[0]["lr"],
                 (run.tokens - tokens_before) / seconds, seconds)
             run.losses = []
         if run.step % args.save_every == 0 and run.step < stage.steps:
-            run.save(lm, optimizer)
+            run.save(objective.lm, optimizer)
+
+
+def batch_gradient(objective, stage, batch, args):
+    """Add a batch's gradient to the parameters, piece by piece; returns the batch's loss."""
+    loss = 0.0
+    for *piece, weight in deal(batch, stage.over, args.accumulate):
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.dtype == torch.bfloat16, cache_enabled=False):
+            piece_loss = weight * objective(stage.loss, *(t.to(args.device) for t in piece))
+        (world() * piece_loss).backward()  # FSDP takes the mean over processes, this makes it a sum
+        loss = loss + piece_loss.detach()
+    return total(loss)
 
 
 def log(run, stage, loss, norm, lr, speed, seconds):
@@ -299,52 +592,34 @@ def log(run, stage, loss, norm, lr, speed, seconds):
           flush=True)
     record = dict(stage=stage.name, step=run.step, steps=stage.steps, tokens=run.tokens, loss=loss, grad_norm=norm, lr=lr,
                   tokens_per_second=round(speed), seconds=round(seconds, 2))
-    with open(run.path("metrics.jsonl"), "a") as f:
-        f.write(json.dumps(record) + "\n")
+    if not rank():
+        with open(run.path("metrics.jsonl"), "a") as f:
+            f.write(json.dumps(record) + "\n")
 
 
-# ------------------------------------------------------------------------------------------------ recipes
+# ------------------------------------------------------------------------------------------------ the teacher
 TEACHER_ASSET = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "teacher")
-RECIPES = ("mohawk", "mambainllama")
-# The two students of the built-in experiment: how each is made, with which mixer, and which layers keep attention.
-STUDENTS = dict(pure=("mohawk", "mamba2", ()), hybrid=("mambainllama", "mamba2", (1,)))
-# The stages of a recipe and their steps at --scale 1. MambaInLlama is weight transfer and KL alone.
-STEPS = dict(mohawk=dict(matrices=20, hidden=60, kl=420, sft=0), mambainllama=dict(kl=420, sft=0))
-
-
-def student_stages(student, teacher, args, steps):
-    """The stages of a student's training, in order; those of zero steps are left out."""
-    def kl(lm, tokens, labels, valid):
-        with torch.no_grad():
-            target = teacher(tokens)
-        return kl_loss(lm(tokens), target, labels, args.kl)
-
-    every = dict(
-        matrices=Stage("matrices", args.lr, mixers_only=True, loss=lambda lm, tokens, labels, valid: matrix_loss(
-            lm, teacher, tokens[:, :args.matrix_length], valid[:, :args.matrix_length])),
-        hidden=Stage("hidden", args.lr, mixers_only=True, loss=lambda lm, tokens, labels, valid: hidden_loss(
-            lm, teacher, tokens, valid)),
-        kl=Stage("kl", args.lr, kl),
-        sft=Stage("sft", args.lr / 10, lambda lm, tokens, labels, valid: cross_entropy_loss(lm(tokens), labels)),
-    )
-    if steps.get("matrices") and any(isinstance(block.mix(), Mamba) for block in student.layers):
-        raise ValueError("matrix orientation needs --mixer mamba2: Mamba-1 has one decay per channel and state, not one "
-                         "matrix per head; use --matrices-steps 0 with --mixer mamba")
-    return [dataclasses.replace(every[name], steps=count) for name, count in steps.items() if count]
 
 
 def get_teacher(args):
-    """The folder of the teacher: --teacher, or out/teacher, which is filled from assets/ or by pre-training."""
-    if args.teacher:
-        return args.teacher
+    """The folder of the teacher: --teacher or, with --sft, its fine-tuned copy out/teacher; without --teacher out/teacher,
+    which is filled from assets/ or by pre-training."""
     folder = os.path.join(args.out, "teacher")
+    if args.teacher:
+        given = hub_folder(args.teacher, ("*.json", "model*.safetensors", "*tokenizer*"))
+        if args.sft:
+            fine_tune(given, folder, args)
+        return folder if args.sft else given
+    if args.sft:
+        raise ValueError("--sft fine-tunes a copy of a given teacher: name one with --teacher")
     if args.task == "arithmetic" and not args.pretrain:
         if os.path.exists(os.path.join(folder, "training.pt")):
             raise ValueError(f"{folder} holds an unfinished pre-training: go on with --pretrain, or delete that folder")
-        if not os.path.exists(os.path.join(folder, "config.json")):
-            print(f"teacher: the one that ships in assets/teacher, copied to {folder} (--pretrain trains a new one)")
-            shutil.copytree(TEACHER_ASSET, folder + ".tmp", dirs_exist_ok=True)
-            os.replace(folder + ".tmp", folder)
+        with first_process_first():
+            if not os.path.exists(os.path.join(folder, "config.json")):
+                print(f"teacher: the one that ships in assets/teacher, copied to {folder} (--pretrain trains a new one)")
+                shutil.copytree(TEACHER_ASSET, folder + ".tmp", dirs_exist_ok=True)
+                os.replace(folder + ".tmp", folder)
         return folder
     pretrain(folder, args)
     return folder
@@ -355,28 +630,162 @@ def pretrain(folder, args):
     tokenizer = load_tokenizer("arithmetic")
     config = Config(vocab_size=tokenizer.vocab_size, d_model=args.d_model, n_layers=args.n_layers, n_heads=args.n_heads,
                     d_ff=args.d_ff, eos_ids=tokenizer.eos_ids)
-    settings = dict(task=args.task, seed=args.seed, config=dataclasses.asdict(config), steps=args.pretrain_steps,
-                    lr=args.pretrain_lr, batch_tokens=args.batch_tokens)
-    run = Run(folder, settings)
+    settings = dict(data_settings(args), config=dataclasses.asdict(config), steps=args.pretrain_steps, lr=args.pretrain_lr,
+                    batch_tokens=args.batch_tokens, start_length=args.start_length)
+    train_teacher(Run(folder, settings), config, lambda: LM(config).to(home(args)), tokenizer,
+                  Stage("pretrain", args.pretrain_lr, answers_loss, steps=args.pretrain_steps), args)
+
+
+def fine_tune(given, folder, args):
+    """Train a copy of a teacher on the task's worked solutions with cross-entropy, all lengths from the start."""
+    if os.path.realpath(given) == os.path.realpath(folder):
+        raise ValueError(f"--sft writes its copy of the teacher to {folder}, where --teacher is: choose another --out")
+    settings = dict(data_settings(args), teacher=fingerprint(given), steps=args.teacher_sft_steps, lr=args.teacher_lr,
+                    batch_tokens=args.batch_tokens)
+    train_teacher(Run(folder, settings), from_hf_config(read_config(given)),
+                  lambda: LM.from_pretrained(given, home(args), torch.float32), load_tokenizer(given),
+                  Stage("sft", args.teacher_lr, answers_loss, steps=args.teacher_sft_steps), args)
+
+
+def train_teacher(run, config, make, tokenizer, stage, args):
+    """Train what make() gives through one stage on the task's own solutions."""
     if run.is_finished():
-        print(f"{folder}: finished")
+        print(f"{run.folder}: finished")
         return
+    pairs = tokenized(worked_solutions(args), tokenizer, args)
+    check_memory(config, None, pairs, {stage.name}, args)
     torch.manual_seed(args.seed)
-    lm = LM(config).to(args.device)
-    stage = Stage("pretrain", args.pretrain_lr, steps=args.pretrain_steps,
-                  loss=lambda lm, tokens, labels, valid: cross_entropy_loss(lm(tokens), labels))
-    train(run, lm, [stage], batch_maker(args, tokenizer, config), args)
+    lm = make()
+    start = 1.0 if stage.name == "sft" else start_length(args)  # what can solve the task already needs no curriculum
+    train(run, prepare(lm, None, args), [stage], batch_maker(pairs, config, start, args), args)
     run.finish(lm, tokenizer)
 
 
-def batch_maker(args, tokenizer, config):
-    """make_batches(stage index) for `train`: each stage sees the training problems in an order of its own, short ones first."""
+def answers_loss(lm, tokens, labels, valid):
+    return cross_entropy_loss(lm(tokens), labels)
+
+
+# ------------------------------------------------------------------------------------------------ training data
+def worked_solutions(args):
+    """The task's training problems that have a solution, or --limit of them."""
     problems = [problem for problem in load_task(args.task, "train") if problem.solution]
     if not problems:
         raise ValueError(f"{args.task} has no worked solutions to train on: its answers need a solution (GSM8K's layout, "
                          f"solution #### answer) or a column `solution`")
-    return lambda index, steps: batches(problems, tokenizer, args.batch_tokens, config.max_length,
-                                        f"{args.seed} {index}", curriculum(steps))
+    return choose_subset(problems, args.limit, args.subset_seed)
+
+
+def data_settings(args):
+    """What the training problems depend on; None where it is the default."""
+    return dict(task=args.task, seed=args.seed, limit=args.limit, subset_seed=args.subset_seed,
+                prompt=prompt_template(args.task, args.prompt_file) if args.prompt_file else None)
+
+
+def tokenized(problems, tokenizer, args):
+    """Pairs of token ids of the problems' solutions, cached beside the models."""
+    os.makedirs(args.out, exist_ok=True)
+    with first_process_first():
+        return Pairs(*token_cache(problems, tokenizer, prompt_template(args.task, args.prompt_file), args.out))
+
+
+def start_length(args):
+    """The share of the longest sequence at which a stage begins, see `curriculum`."""
+    return (0.15 if args.task == "arithmetic" else 1.0) if args.start_length is None else args.start_length
+
+
+def batch_maker(pairs, config, start, args):
+    """make_batches(stage index, steps) for `train`: each stage sees the data in an order of its own, short ones first."""
+    return lambda index, steps: batches(pairs, args.batch_tokens, config.max_length, f"{args.seed} {index}",
+                                        curriculum(steps, start))
+
+
+def teacher_solutions(problems, teacher_folder, tokenizer, args):
+    """The problems with the teacher's completions in place of the solutions: distillation on the level of sequences
+    (Kim & Rush 2016). Left out are completions that did not stop or box an answer and, with --data-filter, wrong ones."""
+    sample_teacher(problems, teacher_folder, tokenizer, args)
+    records = sorted(read_samples(data_path(args)), key=lambda r: (r["problem"], r["sample"]))
+    records = [r for r in records if r["sample"] < args.data_samples]
+    records = [r for r in records if r["finish"] == "stop" and "\\boxed" in r["completion"]]
+    if args.data_filter:  # graded once: a time limit may be met in one process and not in another
+        right = agreed(None if rank() else [is_correct(extract_answer(r["completion"]) or "", r["gold"]) for r in records])
+        records = list(itertools.compress(records, right))
+    print(f"{data_path(args)}: {len(records)} completions of {len(problems)} problems to train on"
+          f"{', all with the right answer' if args.data_filter else ''}", flush=True)
+    if not records:
+        found = "is right: leave out --data-filter" if args.data_filter else "ends in \\boxed{}: raise --data-max-new-tokens"
+        raise ValueError(f"no completion in {data_path(args)} {found}, raise --data-samples or train the teacher (--sft)")
+    return [dataclasses.replace(problems[r["problem"]], solution=r["completion"]) for r in records]
+
+
+def data_path(args):
+    return os.path.join(args.out, "teacher-data.jsonl")
+
+
+def sample_teacher(problems, teacher_folder, tokenizer, args):
+    """Complete the training problems into teacher-data.jsonl, laid out like samples.jsonl; goes on where it stopped.
+
+    Each process takes every world()-th problem; all append to the same file, a record with one write."""
+    settings = dict(data_settings(args), teacher=fingerprint(teacher_folder), temperature=args.data_temperature,
+                    max_new_tokens=args.data_max_new_tokens)
+    beside = os.path.join(args.out, "teacher-data.json")
+    if os.path.exists(beside):
+        refuse_other_settings(data_path(args), read_json(beside), settings)
+    every = {(p, s) for s in range(args.data_samples) for p in range(len(problems))}
+    todo = every - {(r["problem"], r["sample"]) for r in read_samples(data_path(args))}
+    barrier()  # all have looked
+    if not todo:
+        return
+    if not rank():
+        os.makedirs(args.out, exist_ok=True)
+        write_json(beside, settings)
+    mine = {(p, s) for p, s in todo if p % world() == rank()}
+    template = prompt_template(args.task, args.prompt_file)
+    prompts = [tokenizer.chat(template.replace("{question}", problem.question)) for problem in problems]
+    lm = LM.from_pretrained(teacher_folder, args.device, args.dtype).eval()
+    with open(data_path(args), "ab", buffering=0) as f:
+        completions = generate(lm, prompts, num_samples=args.data_samples, max_new_tokens=args.data_max_new_tokens,
+                               temperature=args.data_temperature, batch_size=args.data_batch_size,
+                               stop_ids=tokenizer.eos_ids, seed=args.seed, skip=every - mine)
+        for c in tqdm(completions, desc=data_path(args), total=len(mine), unit="sample", mininterval=10, disable=rank() > 0):
+            problem = problems[c.problem]
+            record = dict(problem=c.problem, sample=c.sample, question=problem.question, gold=problem.answer,
+                          completion=tokenizer.decode(c.tokens), num_tokens=len(c.tokens), finish=c.finish,
+                          seconds=round(c.seconds, 4))
+            f.write((json.dumps(record) + "\n").encode())
+    barrier()
+
+
+# ------------------------------------------------------------------------------------------------ students
+RECIPES = ("mohawk", "mambainllama")
+# The two students of the built-in experiment: how each is made, with which mixer, and which layers keep attention.
+STUDENTS = dict(pure=("mohawk", "mamba2", ()), hybrid=("mambainllama", "mamba2", (1,)))
+# The stages of a recipe and their steps at --scale 1. MambaInLlama is weight transfer and KL alone.
+STEPS = dict(mohawk=dict(matrices=20, hidden=60, kl=420, sft=0), mambainllama=dict(kl=420, sft=0))
+
+
+def student_stages(student, teacher, args, steps):
+    """The stages of a student's training, in order; those of zero steps are left out."""
+    def matrices(lm, tokens, labels, valid):
+        return matrix_loss(lm, teacher, tokens[:, :args.matrix_length], valid[:, :args.matrix_length])
+
+    def hidden(lm, tokens, labels, valid):
+        return hidden_loss(lm, teacher, tokens, valid)
+
+    def kl(lm, tokens, labels, valid):
+        with torch.no_grad():
+            target = teacher(tokens)
+        return kl_loss(lm(tokens), target, labels, args.kl)
+
+    every = dict(
+        matrices=Stage("matrices", args.lr, matrices, over="rows", mixers_only=True),
+        hidden=Stage("hidden", args.lr, hidden, over="tokens", mixers_only=True),
+        kl=Stage("kl", args.lr, kl),
+        sft=Stage("sft", args.lr / 10, answers_loss),
+    )
+    if steps.get("matrices") and any(isinstance(block.mix(), Mamba) for block in student.layers):
+        raise ValueError("matrix orientation needs --mixer mamba2: Mamba-1 has one decay per channel and state, not one "
+                         "matrix per head; use --matrices-steps 0 with --mixer mamba")
+    return [dataclasses.replace(every[name], steps=count) for name, count in steps.items() if count]
 
 
 def distill(name, teacher_folder, args):
@@ -387,23 +796,37 @@ def distill(name, teacher_folder, args):
         attention_layers = args.attention_layers
     steps = {stage: choose_steps(getattr(args, f"{stage}_steps"), default, args.scale)
              for stage, default in STEPS[recipe].items()}
-    tokenizer = load_tokenizer(teacher_folder)
-    teacher = LM.from_pretrained(teacher_folder, args.device, torch.float32).eval().requires_grad_(False)
-    mixers = mixers_of(teacher.config.n_layers, mixer, attention_layers)
-    settings = dict(task=args.task, seed=args.seed, teacher=fingerprint(teacher_folder), recipe=recipe, mixers=mixers,
-                    steps=steps, kl=args.kl, lr=args.lr, batch_tokens=args.batch_tokens, matrix_length=args.matrix_length)
+    tokenizer, config = load_tokenizer(teacher_folder), from_hf_config(read_config(teacher_folder))
+    mixers = mixers_of(config.n_layers, mixer, attention_layers)
+    args = argparse.Namespace(**vars(args) | dict(lr=args.lr or default_lr(config)))
+    own_data = [args.data_samples, args.data_filter, args.data_temperature, args.data_max_new_tokens]
+    settings = dict(data_settings(args), teacher=fingerprint(teacher_folder), recipe=recipe, mixers=mixers, steps=steps,
+                    kl=args.kl, lr=args.lr, batch_tokens=args.batch_tokens, matrix_length=args.matrix_length,
+                    start_length=args.start_length, data=own_data if args.data == "teacher" else None)
     run = Run(os.path.join(args.out, name), settings)
     if run.is_finished():
         print(f"{run.folder}: finished")
         return
+    problems = worked_solutions(args)
+    if args.data == "teacher":
+        problems = teacher_solutions(problems, teacher_folder, tokenizer, args)
+    pairs = tokenized(problems, tokenizer, args)
+    check_memory(dataclasses.replace(config, mixers=mixers), config, pairs, {stage for stage in steps if steps[stage]}, args)
+    teacher = LM.from_pretrained(teacher_folder, home(args), torch.float32).eval().requires_grad_(False)
     torch.manual_seed(args.seed)
     student = student_from(teacher, mixers)
     stages = student_stages(student, teacher, args, steps)
     print(f"{name}: {recipe}, layers {' '.join(mixers)}, {student.num_parameters():,} parameters, "
           + ", ".join(f"{stage.name} {stage.steps} steps" for stage in stages)
           + f" of up to {args.batch_tokens:,} tokens", flush=True)
-    train(run, student, stages, batch_maker(args, tokenizer, teacher.config), args)
+    train(run, prepare(student, teacher, args), stages, batch_maker(pairs, config, start_length(args), args), args)
     run.finish(student, tokenizer)
+
+
+def default_lr(config):
+    """2e-3 for the built-in experiment's width of 64, and in inverse proportion to the width above it: 6e-5 at 2048. (At
+    constant rate the change of a layer's output grows with its width: Yang et al. 2022. M1 has 1e-5, MOHAWK 1e-4.)"""
+    return 2e-3 * min(1.0, 64 / config.d_model)
 
 
 def choose_steps(asked, default, scale):
@@ -431,8 +854,17 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--out", default="out", help="models go to OUT/<name>")
-    add("--task", default="arithmetic", help="arithmetic, or a .jsonl file with worked solutions")
-    add("--teacher", help="folder of a Llama checkpoint; default: OUT/teacher, else the one in assets/, else pre-train")
+    add("--task", default="arithmetic", help="arithmetic, gsm8k, openmath2[a:b], or a .jsonl file with worked solutions")
+    add("--limit", type=at_least(1), help="train on this many of the task's problems; default: all")
+    add("--subset-seed", type=int, help="take --limit problems at random with this seed; default: the first")
+    add("--prompt-file", help="file with the text around {question}; default: the bare question for arithmetic, else an "
+        "instruction to reason step by step")
+    add("--start-length", type=float, help="share of the longest sequence at which a stage starts, growing to 1 over its "
+        "first half; default: 0.15 for arithmetic, 1 (no curriculum) for other tasks")
+    add("--teacher", help="folder or Hugging Face repository of a Llama; default: OUT/teacher, else assets/, else pre-train")
+    add("--sft", action="store_true", help="fine-tune a copy of --teacher on the task first, into OUT/teacher")
+    add("--teacher-sft-steps", type=at_least(1), default=500, help="steps of --sft")
+    add("--teacher-lr", type=float, default=2e-5, help="peak learning rate of --sft")
     add("--student", nargs="+", metavar="NAME", default=["pure", "hybrid"], help="students to make, by name; other names "
         "than pure and hybrid start from pure's settings")
     add("--recipe", choices=RECIPES, help="default: mohawk for pure, mambainllama for hybrid")
@@ -446,9 +878,20 @@ def parse_args(argv=None):
                         ("kl", "end-to-end distillation"), ("sft", "fine-tuning with cross-entropy after it")):
         each = ", ".join(f"{STEPS[recipe].get(stage, 0)} for {recipe}" for recipe in RECIPES)
         add(f"--{stage}-steps", type=at_least(0), help=f"steps of {what}; default: {each}, times --scale")
-    add("--batch-tokens", type=at_least(1), default=6144, help="tokens per step, padding included: steps x this = a stage's budget")
-    add("--matrix-length", type=at_least(1), default=128, help="tokens of each sequence used in matrix orientation (memory ~ L^2)")
-    add("--lr", type=float, default=2e-3, help="peak learning rate of the students' stages")
+    add("--data", choices=["task", "teacher"], default="task", help="whose solutions students learn from")
+    add("--data-samples", type=at_least(1), default=4, help="completions per problem of --data teacher")
+    add("--data-filter", action="store_true", help="keep only those of them with the right answer")
+    add("--data-temperature", type=float, default=0.8, help="of --data teacher")
+    add("--data-max-new-tokens", type=at_least(1), default=896, help="longest completion of --data teacher")
+    add("--data-batch-size", type=at_least(1), default=256, help="completions decoded at a time for --data teacher")
+    add("--batch-tokens", type=at_least(1), default=6144, help="tokens per step of all processes, padding included: steps x "
+        "this = a stage's budget")
+    add("--accumulate", type=at_least(1), default=1, help="compute a step's gradient in this many pieces: less memory")
+    add("--checkpoint-activations", action="store_true", help="recompute blocks in the backward pass: less memory")
+    add("--compile", action="store_true", help="compile blocks with torch.compile")
+    add("--matrix-length", type=at_least(1), default=128, help="tokens of a sequence in matrix orientation (memory ~ L^2)")
+    add("--lr", type=float, help="peak learning rate of the students' stages; default: 2e-3, less in proportion for models "
+        "wider than 64: 6e-5 at d_model 2048")
     add("--seed", type=int, default=0, help="of initialisation and of the order of the data")
     add("--pretrain", action="store_true", help="train a new teacher instead of taking the one in assets/")
     add("--pretrain-steps", type=at_least(1), default=3500, help="steps of the teacher's pre-training")
@@ -458,16 +901,21 @@ def parse_args(argv=None):
     add("--log-every", type=at_least(1), default=10, help="steps between log lines")
     add("--save-every", type=at_least(1), default=100, help="steps between checkpoints to resume from")
     add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
-    add("--dtype", choices=["float32", "bfloat16"], help="of autocast; weights stay float32; default: bfloat16 on cuda, float32 on cpu")
+    add("--dtype", choices=["float32", "bfloat16"], help="of autocast, weights stay float32; default: bfloat16 on "
+        "cuda, float32 on cpu")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    args.device, args.dtype = choose_device(args.device, args.dtype)
-    teacher = get_teacher(args)
-    for name in args.student:
-        distill(name, teacher, args)
+    with contextlib.redirect_stderr(io.StringIO() if os.environ.get("RANK", "0") != "0" else sys.stderr):
+        args = parse_args(argv)  # one process complains for all
+    with processes(args.device):
+        if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+            raise ValueError("--compile needs a C++ compiler and finds none: install g++, set CXX, or leave it out")
+        args.device, args.dtype = choose_device(args.device, args.dtype)
+        teacher = get_teacher(args)
+        for name in args.student:
+            distill(name, teacher, args)
 
 
 if __name__ == "__main__":

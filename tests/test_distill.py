@@ -220,10 +220,14 @@ def some_problems(count=600):
     return [Problem(str(i), f"{i}?", str(i), "\n".join([f"{i} +1 = {i + 1}"] * (1 + i % 9))) for i in range(count)]
 
 
+def pairs_of(problems, tokenizer):
+    return [(tokenizer.chat(p.question), tokenizer.encode(p.solution) + tokenizer.eos_ids[:1]) for p in problems]
+
+
 def take_epoch(problems, tokenizer, seed, budget=700):
     """Rows of one epoch as (tokens without padding, labels), and the sizes of its batches."""
     rows, sizes = [], []
-    for tokens, labels, valid in batches(problems, tokenizer, budget, 10_000, seed):
+    for tokens, labels, valid in batches(pairs_of(problems, tokenizer), budget, 10_000, seed):
         sizes.append(tokens.shape)
         rows += [(t[v].tolist(), l.tolist()) for t, l, v in zip(tokens, labels, valid)]
         if len(rows) >= len(problems):
@@ -251,7 +255,7 @@ def test_batches_are_the_same_for_a_seed_and_others_for_another(tokenizer):
 def test_a_sequence_above_the_budget_comes_alone_and_above_the_models_length_not_at_all(tokenizer):
     lengths = [len(tokenizer.chat(p.question) + tokenizer.encode(p.solution)) + 1 for p in some_problems(9)]
     assert all(batch == 1 for batch, _ in take_epoch(some_problems(9), tokenizer, "0", budget=5)[1])
-    short = itertools.islice(batches(some_problems(9), tokenizer, 700, sorted(lengths)[4], "0"), 20)
+    short = itertools.islice(batches(pairs_of(some_problems(9), tokenizer), 700, sorted(lengths)[4], "0"), 20)
     assert max(tokens.shape[1] for tokens, _, _ in short) == sorted(lengths)[4]
 
 
@@ -262,7 +266,7 @@ def test_a_task_that_is_too_long_for_the_model_is_an_error_not_an_endless_loop(t
     signal.setitimer(signal.ITIMER_REAL, 1.0)
     try:
         with pytest.raises(ValueError, match="long"):
-            next(batches(some_problems(9), tokenizer, 700, 3, "0"))
+            next(batches(pairs_of(some_problems(9), tokenizer), 700, 3, "0"))
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
