@@ -16,7 +16,6 @@ teacher, training data, students and their stages, the script.
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import functools
 import io
 import itertools
@@ -44,7 +43,7 @@ from data import (Parser, at_least, choose_subset, load_task, load_tokenizer, pr
 from grade import extract_answer, is_correct
 from model import (LM, Attention, Block, Config, Mamba, choose_device, fingerprint, from_hf_config, hub_folder, read_config,
                    student_from)
-from sample import generate, read_samples
+from sample import barrier, generate, processes, rank, read_samples, record_of, world
 
 IGNORE = -100  # label of a position whose prediction does not count
 
@@ -247,48 +246,9 @@ def train_only_mixers(lm, only):
 
 
 # ------------------------------------------------------------------------------------------------ processes
-# Under torchrun, N processes train one model with PyTorch's FSDP2: each keeps 1/N of every weight, gradient and moment,
-# and computes its part of every batch; a block's weights are gathered, in float32, around the block's call. Checkpoints
-# hold whole tensors. Outside torchrun there is one process, and all this does nothing.
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
-@contextlib.contextmanager
-def processes(device):
-    """Meet the other processes of torchrun, if there are any. Only the first one prints; they end where the block ends."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield
-        return
-    gpus = torch.cuda.device_count() if device != "cpu" else 0
-    dist.init_process_group("nccl" if gpus else "gloo", timeout=datetime.timedelta(days=1))  # some wait while one works
-    try:
-        if gpus and gpus < int(os.environ["LOCAL_WORLD_SIZE"]):
-            raise ValueError(f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']} needs as many GPUs, and PyTorch finds "
-                             f"{gpus} here: lower it, or use --device cpu")
-        if gpus:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        with contextlib.redirect_stdout(open(os.devnull, "w") if rank() else sys.stdout):
-            yield
-    except (ValueError, OSError):
-        if rank():
-            time.sleep(5)  # what all run into is said by the first one, whose end makes torchrun end the others
-        raise
-    barrier()
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # not the usual way: there PyTorch's threads race with Python's end, and abort one process in twenty
-
-
+# Under torchrun (see sample.processes), N processes train one model with PyTorch's FSDP2: each keeps 1/N of every weight,
+# gradient and moment, and computes its part of every batch; a block's weights are gathered, in float32, around the block's
+# call. Checkpoints hold whole tensors. Outside torchrun there is one process, and all this does nothing.
 @contextlib.contextmanager
 def first_process_first():
     """What is made on disk here is made by the first process, and found by the others."""
@@ -747,11 +707,7 @@ def sample_teacher(problems, teacher_folder, tokenizer, args):
                                temperature=args.data_temperature, batch_size=args.data_batch_size,
                                stop_ids=tokenizer.eos_ids, seed=args.seed, skip=every - mine)
         for c in tqdm(completions, desc=data_path(args), total=len(mine), unit="sample", mininterval=10, disable=rank() > 0):
-            problem = problems[c.problem]
-            record = dict(problem=c.problem, sample=c.sample, question=problem.question, gold=problem.answer,
-                          completion=tokenizer.decode(c.tokens), num_tokens=len(c.tokens), finish=c.finish,
-                          seconds=round(c.seconds, 4))
-            f.write((json.dumps(record) + "\n").encode())
+            f.write(record_of(c, problems[c.problem], tokenizer))
     barrier()
 
 

@@ -8,8 +8,9 @@ Reads   out/<name>/ (a checkpoint of distill.py)
 Writes  out/<name>/samples.jsonl, one record per completion, and samples.json: the settings and the speed
 Rerunning goes on where a run stopped. Teacher and students go through the same loop, batch and tricks.
 
-Contents: random numbers, choosing a token, the prompts, the batch, generate, records on disk, the script.
+Contents: random numbers, choosing a token, the prompts, the batch, generate, processes, records on disk, the script.
 """
+import contextlib
 import datetime
 import json
 import os
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from data import (Parser, at_least, choose_subset, find_models, load_task, load_tokenizer, prompt_template, read_json,
@@ -221,6 +223,47 @@ def check_settings(prompts, num_samples, max_new_tokens, temperature, top_k, top
         raise ValueError(f"prompt {list(map(bool, prompts)).index(False)} is empty: a model needs a token to start from")
 
 
+# ------------------------------------------------------------------------------------------------ processes
+# Several processes may share the work: torchrun starts them and tells each its RANK. Otherwise all this does nothing.
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def processes(device):
+    """Meet the other processes of torchrun, if there are any. Only the first one prints; they end where the block ends."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    dist.init_process_group("nccl" if gpus else "gloo", timeout=datetime.timedelta(days=1))  # some wait while one works
+    try:
+        if gpus and gpus < int(os.environ["LOCAL_WORLD_SIZE"]):
+            raise ValueError(f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']} needs as many GPUs, and PyTorch finds "
+                             f"{gpus} here: lower it, or use --device cpu")
+        if gpus:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        with contextlib.redirect_stdout(open(os.devnull, "w") if rank() else sys.stdout):
+            yield
+    except (ValueError, OSError):
+        if rank():
+            time.sleep(5)  # what all run into is said by the first one, whose end makes torchrun end the others
+        raise
+    barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # not the usual way: there PyTorch's threads race with Python's end, and abort one process in twenty
+
+
 # ------------------------------------------------------------------------------------------------ records on disk
 def read_samples(path):
     """Records of a samples.jsonl; a last line that was cut off by a kill is removed from the file."""
@@ -237,6 +280,14 @@ def read_samples(path):
         raise ValueError(f"{path} holds a line that is not JSON ({error}): repair or delete the file") from None
 
 
+def record_of(completion, problem, tokenizer, offset=0.0):
+    """The line of samples.jsonl for a completion, as bytes: written at once, so that several processes can share a file."""
+    record = dict(problem=completion.problem, sample=completion.sample, question=problem.question, gold=problem.answer,
+                  completion=tokenizer.decode(completion.tokens), num_tokens=len(completion.tokens),
+                  finish=completion.finish, seconds=round(offset + completion.seconds, 4))
+    return (json.dumps(record) + "\n").encode()
+
+
 def write_summary(folder, settings, lm, records_tokens, seconds):
     """samples.json: the settings that must not mix, and what was measured."""
     summary = dict(settings=settings, device=device_name(lm.device), dtype=str(lm.dtype).removeprefix("torch."),
@@ -246,10 +297,10 @@ def write_summary(folder, settings, lm, records_tokens, seconds):
     write_json(os.path.join(folder, "samples.json"), summary)
 
 
-def sample_model(model_folder, folder, problems, args, rank, world):
+def sample_model(model_folder, folder, problems, args):
     """All samples of one model into folder/samples.jsonl, going on where an earlier run stopped.
 
-    Of several processes each takes every world-th problem and appends to the same file, a record with one write. Their clocks
+    Of several processes each takes every world()-th problem and appends to the same file. Their clocks
     start together, so that `seconds` means the same in every record.
     """
     lm = LM.from_pretrained(model_folder, args.device, args.dtype).eval()
@@ -258,65 +309,45 @@ def sample_model(model_folder, folder, problems, args, rank, world):
     check_settings(prompts, args.num_samples, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.batch_size)
     settings = dict(task=args.task, problems=len(problems), subset_seed=args.subset_seed, prompt=template,
                     num_samples=args.num_samples, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens,
-                    temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed, processes=world,
+                    temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed, processes=world(),
                     device=lm.device.type, dtype=str(lm.dtype).removeprefix("torch."), weights=fingerprint(model_folder))
     path, summary = os.path.join(folder, "samples.jsonl"), os.path.join(folder, "samples.json")
     if os.path.exists(path):
         refuse_other_settings(path, read_json(summary)["settings"] if os.path.exists(summary) else {}, settings)
-    wait_for_all(world)  # nobody writes before everybody has compared the settings
+    barrier()  # nobody writes before everybody has compared the settings
     os.makedirs(folder, exist_ok=True)
     records = read_samples(path)
     done, tokens = {(r["problem"], r["sample"]) for r in records}, sum(r["num_tokens"] for r in records)
     offset = seconds = max((r["seconds"] for r in records), default=0.0)
-    if rank == 0:
+    if rank() == 0:
         write_summary(folder, settings, lm, tokens, seconds)
     if len(done) == len(problems) * args.num_samples:
-        if rank == 0:
-            print(f"{path}: finished")
+        print(f"{path}: finished")
         return
-    mine = range(rank, len(problems), world)
+    mine = range(rank(), len(problems), world())
     skip = done | {(i, sample) for i in range(len(problems)) if i not in mine for sample in range(args.num_samples)}
     knobs = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed, batch_size=args.batch_size,
                  num_samples=args.num_samples, skip=skip)
     for _ in generate(lm, prompts, max_new_tokens=2, **knobs):
         break  # warm-up: one prefill per row and a few steps, at full batch size
-    wait_for_all(world)
+    barrier()
     mine_done = sum(problem in mine for problem, _ in done)
-    with open(path, "ab", buffering=0) as f, progress(folder, len(mine) * args.num_samples, mine_done, rank) as bar:
+    with open(path, "ab", buffering=0) as f, progress(folder, len(mine) * args.num_samples, mine_done) as bar:
         for c in generate(lm, prompts, max_new_tokens=args.max_new_tokens, stop_ids=tokenizer.eos_ids, **knobs):
             seconds, tokens = offset + c.seconds, tokens + len(c.tokens)
-            problem = problems[c.problem]
-            record = dict(problem=c.problem, sample=c.sample, question=problem.question, gold=problem.answer,
-                          completion=tokenizer.decode(c.tokens), num_tokens=len(c.tokens), finish=c.finish,
-                          seconds=round(seconds, 4))
-            f.write((json.dumps(record) + "\n").encode())
+            f.write(record_of(c, problems[c.problem], tokenizer, offset))
             bar.set_postfix_str(f"{tokens / seconds:,.0f} tokens/s", refresh=False)
             bar.update()
-    wait_for_all(world)
-    if rank == 0:
+    barrier()
+    if rank() == 0:
         records = read_samples(path)
         write_summary(folder, settings, lm, sum(r["num_tokens"] for r in records),
                       max((r["seconds"] for r in records), default=0.0))
 
 
-def join_processes(device):
-    """(rank, number of processes) under torchrun, after which they can wait for each other; else (0, 1)."""
-    if "RANK" not in os.environ:
-        return 0, 1
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("gloo")
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
-def wait_for_all(world):
-    if world > 1:
-        torch.distributed.barrier()
-
-
-def progress(folder, total, initial, rank):
+def progress(folder, total, initial):
     """A bar for a terminal, a line every ten seconds for a file; of the first process's share."""
-    return tqdm(disable=rank > 0, desc=os.path.basename(folder), total=total, initial=initial, unit="sample", dynamic_ncols=True,
+    return tqdm(disable=rank() > 0, desc=os.path.basename(folder), total=total, initial=initial, unit="sample", dynamic_ncols=True,
                 mininterval=0.5 if sys.stderr.isatty() else 10)
 
 
@@ -344,18 +375,15 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    args.device, args.dtype = choose_device(args.device, args.dtype)
-    rank, world = join_processes(args.device)
-    folders = args.model or find_models(args.out)
-    problems = choose_subset(load_task(args.task, "test"), args.limit, args.subset_seed)
-    if rank == 0:
+    with processes(args.device):
+        args.device, args.dtype = choose_device(args.device, args.dtype)
+        folders = args.model or find_models(args.out)
+        problems = choose_subset(load_task(args.task, "test"), args.limit, args.subset_seed)
         print(f"{len(problems)} problems of {args.task} x {args.num_samples} samples, batch {args.batch_size}, "
               f"temperature {args.temperature}: {', '.join(folders)}")
-    for folder in folders:
-        name = os.path.basename(os.path.normpath(folder))
-        sample_model(folder, os.path.join(args.out, name), problems, args, rank, world)
-    if world > 1:
-        torch.distributed.destroy_process_group()
+        for folder in folders:
+            name = os.path.basename(os.path.normpath(folder))
+            sample_model(folder, os.path.join(args.out, name), problems, args)
 
 
 if __name__ == "__main__":
