@@ -642,10 +642,10 @@ def data_settings(args):
 
 
 def tokenized(problems, tokenizer, args):
-    """Pairs of token ids of the problems' solutions, cached beside the models."""
-    os.makedirs(args.out, exist_ok=True)
+    """Pairs of token ids of the problems' solutions, from the cache if another run has made them."""
+    os.makedirs(args.cache, exist_ok=True)
     with first_process_first():
-        return Pairs(*token_cache(problems, tokenizer, prompt_template(args.task, args.prompt_file), args.out))
+        return Pairs(*token_cache(problems, tokenizer, prompt_template(args.task, args.prompt_file), args.cache))
 
 
 def start_length(args):
@@ -854,6 +854,8 @@ def parse_args(argv=None):
     add("--pretrain-lr", type=float, default=4e-3, help="peak learning rate of pre-training")
     for name, default in (("d-model", 64), ("n-layers", 4), ("n-heads", 4), ("d-ff", 192)):
         add(f"--{name}", type=at_least(1), default=default, help="shape of a pre-trained teacher")
+    add("--cache", default=os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "nanoreasoner"),
+        help="folder of tokenised solutions, by a key of all that they depend on")
     add("--log-every", type=at_least(1), default=10, help="steps between log lines")
     add("--save-every", type=at_least(1), default=100, help="steps between checkpoints to resume from")
     add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")

@@ -2,9 +2,12 @@
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are so small that threads only get in each other's way
+CACHE = tempfile.TemporaryDirectory(prefix="nanoreasoner-tests-")
+os.environ["XDG_CACHE_HOME"] = CACHE.name  # where distill.py keeps what it has tokenised
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
