@@ -357,7 +357,7 @@ def parse_args(argv=None):
     parser.add_argument("--model", nargs="+", help="folders of checkpoints; default: every model under --out")
     parser.add_argument("--out", default="out", help="samples go to OUT/<model's name>/samples.jsonl")
     parser.add_argument("--task", default="arithmetic", help="arithmetic, gsm8k, math500, openmath2, or a .jsonl file")
-    parser.add_argument("--limit", type=at_least(1), default=96, help="how many test problems")
+    parser.add_argument("--limit", type=at_least(1), default=72, help="how many test problems")
     parser.add_argument("--subset-seed", type=int, help="take them at random with this seed; default: the first")
     parser.add_argument("--prompt-file", help="file with the text around {question}; default: the bare question for "
                         "arithmetic, else an instruction to reason step by step")
