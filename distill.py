@@ -41,8 +41,8 @@ from tqdm import tqdm
 from data import (Parser, at_least, choose_subset, load_task, load_tokenizer, prompt_template, read_json,
                   refuse_other_settings, run, token_cache, write_json)
 from grade import extract_answer, is_correct
-from model import (LM, Attention, Block, Config, Mamba, choose_device, fingerprint, from_hf_config, hub_folder, read_config,
-                   student_from)
+from model import (LM, Attention, Block, Config, Mamba, checkpoint_folder, choose_device, fingerprint, from_hf_config,
+                   hub_folder, read_config, student_from)
 from sample import barrier, generate, processes, rank, read_samples, record_of, world
 
 IGNORE = -100  # label of a position whose prediction does not count
@@ -566,7 +566,8 @@ def get_teacher(args):
     which is filled from assets/ or by pre-training."""
     folder = os.path.join(args.out, "teacher")
     if args.teacher:
-        given = hub_folder(args.teacher, ("*.json", "model*.safetensors", "*tokenizer*"))
+        given = checkpoint_folder(args.teacher)
+        hub_folder(args.teacher, ("*tokenizer*", "chat_template.jinja"))  # from the Hub into the same folder
         if args.sft:
             fine_tune(given, folder, args)
         return folder if args.sft else given

@@ -1108,6 +1108,12 @@ def table(device, dtype, batch, length, d_inner, d_state, repeats):
             print(f"{name:30}{backend:14}{milliseconds:10.3f}{moved / milliseconds / 1e6:8.1f}{bound:10.3f}{bound / milliseconds:10.1%}")
 
 
+def positive(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is out of range, the least is 1")
+    return int(text)
+
+
 def main():
     parser = argparse.ArgumentParser(description="Check every kernel against its reference on this machine, then time them.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -1115,11 +1121,11 @@ def main():
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="bfloat16" if on_gpu else "float32", choices=["float32", "bfloat16", "float16"],
                         help="of activations; parameters and states are float32")
-    parser.add_argument("--batch", type=int, default=8, help="sequences; the steps take 32 times as many")
-    parser.add_argument("--length", type=int, default=2048 if on_gpu else 256, help="tokens in each")
-    parser.add_argument("--channels", type=int, default=2048 if on_gpu else 64, help="inner width")
-    parser.add_argument("--states", type=int, default=16, help="states per channel of the selective scan")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs, of which the median is printed")
+    parser.add_argument("--batch", type=positive, default=8, help="sequences; the steps take 32 times as many")
+    parser.add_argument("--length", type=positive, default=2048 if on_gpu else 256, help="tokens in each")
+    parser.add_argument("--channels", type=positive, default=2048 if on_gpu else 64, help="inner width")
+    parser.add_argument("--states", type=positive, default=16, help="states per channel of the selective scan")
+    parser.add_argument("--repeats", type=positive, default=5, help="timed runs, of which the median is printed")
     args = parser.parse_args()
     if args.device == "cuda" and not on_gpu:
         parser.error("--device is cuda, but PyTorch sees no GPU here; expected cpu")

@@ -518,3 +518,9 @@ def test_the_script_checks_every_kernel_and_prints_a_table():
         assert any(line.startswith(name) for line in run.stdout.splitlines()), name
     run = subprocess.run([sys.executable, "-c", "import kernels"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("option", ["--batch", "--length", "--channels", "--states", "--repeats"])
+def test_the_script_refuses_a_size_of_zero_in_one_line(option):
+    run = subprocess.run([sys.executable, str(ROOT / "kernels.py"), option, "0"], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2 and f"argument {option}: 0 is out of range" in run.stderr and "Traceback" not in run.stderr
