@@ -507,21 +507,25 @@ class LM(nn.Module):
         lengths = torch.zeros(batch, dtype=torch.long, device=self.device)
         return State(lengths, [b.mix().init_cache(batch, max_length, self.device, self.dtype) for b in self.layers])
 
-    def forward(self, tokens, state=None):
-        """tokens (B, L) int64 -> logits (B, L, V). With a state, the tokens continue each row and the state is updated."""
+    def trunk(self, tokens, state=None):
+        """tokens (B, L) -> the residual stream after the last block, (B, L, d_model): all but the head."""
         batch, length = tokens.shape
         x = self.model.embed_tokens(tokens)  # (B, L, d_model)
         if state is None:
             rope = self.rope(torch.arange(length, device=tokens.device)[None])
             for block in self.layers:
                 x = block(x, rope)
-            return self.head(x)
+            return x
         reads = CacheReads(state.lengths, length, self.dtype)
         rope = self.rope(reads.columns)
         for block, cache in zip(self.layers, state.layers):
             x = block(x, rope, cache, reads)
         state.lengths += length
-        return self.head(x)
+        return x
+
+    def forward(self, tokens, state=None):
+        """tokens (B, L) int64 -> logits (B, L, V). With a state, the tokens continue each row and the state is updated."""
+        return self.head(self.trunk(tokens, state))
 
     def hidden_states(self, tokens):
         """The residual stream before every block and after the last, before the final norm: n_layers + 1 of (B, L, d)."""
