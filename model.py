@@ -451,6 +451,7 @@ class State:
 
 class LM(nn.Module):
     """Embedding, blocks, norm, head. Module names are Hugging Face's, so state-dict keys are checkpoint keys."""
+    architecture = "LlamaForCausalLM"  # its name in config.json
 
     def __init__(self, config):
         super().__init__()
@@ -542,7 +543,7 @@ class LM(nn.Module):
         tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
         save_file(tensors, weights + ".tmp", metadata={"format": "pt"})
         with open(config + ".tmp", "w") as f:
-            json.dump(to_hf_config(self.config, self.dtype), f, indent=2)
+            json.dump(to_hf_config(self.config, self.dtype, self.architecture), f, indent=2)
         os.replace(weights + ".tmp", weights)
         os.replace(config + ".tmp", config)
 
@@ -556,11 +557,28 @@ class LM(nn.Module):
         """
         folder = checkpoint_folder(folder)
         values, stored = read_config(folder), stored_tensors(folder)
-        config = from_hf_config(released_values(values, stored))
+        config = from_hf_config(released_values(values, stored), cls.architecture)
         with shapes_only():
             lm = cls(config)
         lm.load_state_dict(read_tensors(folder, values, stored, lm, device or "cpu", dtype), assign=True)
         return lm
+
+
+class Verifier(LM):
+    """An LM with one number per token in place of logits: is this text on the way to the right answer (Cobbe et al. 2021)?
+
+    verifier(tokens) -> (B, L), log-odds; a text's own is that at its last token. On disk it is transformers'
+    LlamaForSequenceClassification with one label, the layout of many released reward models too.
+    """
+    architecture = "LlamaForSequenceClassification"
+
+    def __init__(self, config):
+        super().__init__(dataclasses.replace(config, tie_embeddings=True))  # there is no lm_head, whatever the config says
+        self.score = nn.Linear(config.d_model, 1, bias=False)
+        nn.init.zeros_(self.score.weight)
+
+    def head(self, x):
+        return self.score(self.model.norm(x))[..., 0]  # (B, L)
 
 
 # ------------------------------------------------------------------------------------------------ devices
@@ -610,23 +628,25 @@ ONLY = dict(hidden_act="silu", attention_bias=False, mlp_bias=False, rope_interl
             sliding_window=None, quantization_config=None)
 
 
-def to_hf_config(config, dtype):
+def to_hf_config(config, dtype, architecture=LM.architecture):
     """The dict that goes into config.json: a Hugging Face Llama config plus our keys."""
-    fixed = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu", attention_bias=False,
+    fixed = dict(architectures=[architecture], model_type="llama", hidden_act="silu", attention_bias=False,
                  mlp_bias=False, torch_dtype=str(dtype).removeprefix("torch."))
+    if architecture == Verifier.architecture:
+        fixed["num_labels"] = 1
     fields = {HF_KEYS[name]: value for name, value in dataclasses.asdict(config).items()}
     if fields["rope_scaling"]:
         fields["rope_scaling"] = {"rope_type": "llama3", **fields["rope_scaling"]}
     return fixed | fields | {"eos_token_id": config.eos_ids or None}
 
 
-def from_hf_config(values):
+def from_hf_config(values, architecture=LM.architecture):
     """Config of a config.json dict, old layout (rope_theta, rope_scaling) or new (rope_parameters)."""
     if values.get("model_type") != "llama":
         raise ValueError(f"unsupported model_type {values.get('model_type')!r}: only 'llama' and 'llamba' are implemented")
     refuse_unless(values | (values.get("rope_parameters") or values.get("rope_scaling") or {}), ONLY, "config")
-    if values.get("architectures") and "LlamaForCausalLM" not in values["architectures"] and "mamba_config" not in values:
-        raise ValueError(f"unsupported architecture {', '.join(values['architectures'])}: only LlamaForCausalLM is")
+    if values.get("architectures") and architecture not in values["architectures"] and "mamba_config" not in values:
+        raise ValueError(f"unsupported architecture {', '.join(values['architectures'])}: only {architecture} can be used here")
     values = dict(values)
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 10000.0))
