@@ -1,6 +1,7 @@
 """Turn a Transformer into Mamba students: MOHAWK for the pure one, MambaInLlama for the hybrid one.
 
     python distill.py                                     the tiny teacher, then both students, into out/
+    python distill.py --sizes small,base                  the same twice, with a smaller teacher too
     python distill.py --student hybrid --attention-layers 0,2 --kl forward
     python distill.py --teacher folder --task gsm8k --sft --student pure        fine-tune a copy of the teacher first
     torchrun --nproc_per_node=8 distill.py ...            the same training on eight GPUs (or CPU processes)
@@ -558,13 +559,19 @@ def log(run, stage, loss, norm, lr, speed, seconds):
 
 
 # ------------------------------------------------------------------------------------------------ the teacher
-TEACHER_ASSET = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "teacher")
+ASSETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets")
+SIZES = dict(small=dict(n_layers=2), base={})  # how the teachers of the built-in experiment differ from the options
 
 
-def get_teacher(args):
-    """The folder of the teacher: --teacher or, with --sft, its fine-tuned copy out/teacher; without --teacher out/teacher,
-    which is filled from assets/ or by pre-training."""
-    folder = os.path.join(args.out, "teacher")
+def named(name, size):
+    """A model's folder: pure for the base size, pure-small for the small one."""
+    return name if size == "base" else f"{name}-{size}"
+
+
+def get_teacher(size, args):
+    """The folder of the teacher: --teacher or, with --sft, its fine-tuned copy out/teacher; without --teacher out/teacher
+    (or its other size), which is filled from assets/ or by pre-training."""
+    folder, asset = (os.path.join(where, named("teacher", size)) for where in (args.out, ASSETS))
     if args.teacher:
         given = checkpoint_folder(args.teacher)
         hub_folder(args.teacher, ("*tokenizer*", "chat_template.jinja"))  # from the Hub into the same folder
@@ -578,19 +585,20 @@ def get_teacher(args):
             raise ValueError(f"{folder} holds an unfinished pre-training: go on with --pretrain, or delete that folder")
         with first_process_first():
             if not os.path.exists(os.path.join(folder, "config.json")):
-                print(f"teacher: the one that ships in assets/teacher, copied to {folder} (--pretrain trains a new one)")
-                shutil.copytree(TEACHER_ASSET, folder + ".tmp", dirs_exist_ok=True)
+                print(f"teacher: the one that ships in assets/{os.path.basename(asset)}, copied to {folder} (--pretrain trains a "
+                      f"new one)")
+                shutil.copytree(asset, folder + ".tmp", dirs_exist_ok=True)
                 os.replace(folder + ".tmp", folder)
         return folder
-    pretrain(folder, args)
+    pretrain(folder, size, args)
     return folder
 
 
-def pretrain(folder, args):
+def pretrain(folder, size, args):
     """Train a Transformer from scratch on the task's worked solutions with cross-entropy."""
     tokenizer = load_tokenizer("arithmetic")
-    config = Config(vocab_size=tokenizer.vocab_size, d_model=args.d_model, n_layers=args.n_layers, n_heads=args.n_heads,
-                    d_ff=args.d_ff, eos_ids=tokenizer.eos_ids)
+    shape = dict(d_model=args.d_model, n_layers=args.n_layers, n_heads=args.n_heads, d_ff=args.d_ff) | SIZES[size]
+    config = Config(vocab_size=tokenizer.vocab_size, eos_ids=tokenizer.eos_ids, **shape)
     settings = dict(data_settings(args), config=dataclasses.asdict(config), steps=args.pretrain_steps, lr=args.pretrain_lr,
                     batch_tokens=args.batch_tokens, start_length=args.start_length)
     train_teacher(Run(folder, settings), config, lambda: LM(config).to(home(args)), tokenizer,
@@ -745,8 +753,8 @@ def student_stages(student, teacher, args, steps):
     return [dataclasses.replace(every[name], steps=count) for name, count in steps.items() if count]
 
 
-def distill(name, teacher_folder, args):
-    """Make one student of the teacher: transfer the weights, then run the recipe's stages."""
+def distill(name, teacher_folder, args, folder=None):
+    """Make one student of the teacher, in out/<folder or name>: transfer the weights, then run the recipe's stages."""
     recipe, mixer, attention_layers = STUDENTS.get(name, STUDENTS["pure"])
     recipe, mixer = args.recipe or recipe, args.mixer or mixer
     if args.attention_layers is not None:
@@ -759,8 +767,9 @@ def distill(name, teacher_folder, args):
     own_data = [args.data_samples, args.data_filter, args.data_temperature, args.data_max_new_tokens]
     settings = dict(data_settings(args), teacher=fingerprint(teacher_folder), recipe=recipe, mixers=mixers, steps=steps,
                     kl=args.kl, lr=args.lr, batch_tokens=args.batch_tokens, matrix_length=args.matrix_length,
-                    start_length=args.start_length, data=own_data if args.data == "teacher" else None)
-    run = Run(os.path.join(args.out, name), settings)
+                    start_length=args.start_length, data=own_data if args.data == "teacher" else None,
+                    d_state=args.d_state, random_mixers=args.random_mixers or None)
+    run = Run(os.path.join(args.out, folder or name), settings)
     if run.is_finished():
         print(f"{run.folder}: finished")
         return
@@ -768,12 +777,13 @@ def distill(name, teacher_folder, args):
     if args.data == "teacher":
         problems = teacher_solutions(problems, teacher_folder, tokenizer, args)
     pairs = tokenized(problems, tokenizer, args)
-    check_memory(dataclasses.replace(config, mixers=mixers), config, pairs, {stage for stage in steps if steps[stage]}, args)
+    shape = dataclasses.replace(config, mixers=mixers, d_state=args.d_state)
+    check_memory(shape, config, pairs, {stage for stage in steps if steps[stage]}, args)
     teacher = LM.from_pretrained(teacher_folder, home(args), torch.float32).eval().requires_grad_(False)
     torch.manual_seed(args.seed)
-    student = student_from(teacher, mixers)
+    student = student_from(teacher, mixers, args.d_state, not args.random_mixers)
     stages = student_stages(student, teacher, args, steps)
-    print(f"{name}: {recipe}, layers {' '.join(mixers)}, {student.num_parameters():,} parameters, "
+    print(f"{folder or name}: {recipe}, layers {' '.join(mixers)}, {student.num_parameters():,} parameters, "
           + ", ".join(f"{stage.name} {stage.steps} steps" for stage in stages)
           + f" of up to {args.batch_tokens:,} tokens", flush=True)
     train(run, prepare(student, teacher, args), stages, batch_maker(pairs, config, start_length(args), args), args)
@@ -799,6 +809,14 @@ def mixers_of(n_layers, mixer, attention_layers):
 
 
 # ------------------------------------------------------------------------------------------------ the script
+def size_list(text):
+    """"small,base" -> ["small", "base"]."""
+    sizes = text.split(",")
+    if unknown := [size for size in sizes if size not in SIZES]:
+        raise argparse.ArgumentTypeError(f"unknown size {unknown[0]!r}: choose from {', '.join(SIZES)}")
+    return list(dict.fromkeys(sizes))
+
+
 def layer_list(text):
     """"0,2" -> (0, 2), "" or "none" -> ()."""
     try:
@@ -818,16 +836,25 @@ def parse_args(argv=None):
         "instruction to reason step by step")
     add("--start-length", type=float, help="share of the longest sequence at which a stage starts, growing to 1 over its "
         "first half; default: 0.15 for arithmetic, 1 (no curriculum) for other tasks")
+    add("--ablate", action="store_true", help="what is each part worth? Distil pure students with one thing changed at a time, "
+        "three seeds each, into OUT/ablation, and print a table")
+    add("--ablate-seeds", type=at_least(1), default=3, help="of --ablate: how many students of each kind")
+    add("--ablate-problems", type=at_least(1), default=96, help="of --ablate: test problems that a student is judged on")
     add("--teacher", help="folder or Hugging Face repository of a Llama; default: OUT/teacher, else assets/, else pre-train")
     add("--sft", action="store_true", help="fine-tune a copy of --teacher on the task first, into OUT/teacher")
     add("--teacher-sft-steps", type=at_least(1), default=500, help="steps of --sft")
     add("--teacher-lr", type=float, default=2e-5, help="peak learning rate of --sft")
+    add("--sizes", type=size_list, default="base", help="of the built-in experiment: base, small (a teacher of two layers, into "
+        "OUT/teacher-small, and its students) or small,base")
     add("--student", nargs="+", metavar="NAME", default=["pure", "hybrid"], help="students to make, by name; other names "
         "than pure and hybrid start from pure's settings")
     add("--recipe", choices=RECIPES, help="default: mohawk for pure, mambainllama for hybrid")
     add("--mixer", choices=["mamba", "mamba2"], help="what replaces attention; default: mamba2")
     add("--attention-layers", type=layer_list, metavar="I,J", help="layers that keep attention, or none; default: none for "
         "pure, 1 for hybrid")
+    add("--d-state", type=at_least(1), help="state size of the mixers; default: head_dim for mamba2, which then takes the "
+        "weights of q and k too, 16 for mamba")
+    add("--random-mixers", action="store_true", help="do not transfer attention's weights into the mixers")
     add("--kl", choices=["forward", "reverse"], default="forward", help="direction of the KL divergence")
     add("--scale", type=at_least(0, float), default=1.0, help="multiply the students' default steps; 2 made the README's "
         "long run")
@@ -838,9 +865,9 @@ def parse_args(argv=None):
     add("--data", choices=["task", "teacher"], default="task", help="whose solutions students learn from")
     add("--data-samples", type=at_least(1), default=4, help="completions per problem of --data teacher")
     add("--data-filter", action="store_true", help="keep only those of them with the right answer")
-    add("--data-temperature", type=float, default=0.8, help="of --data teacher")
-    add("--data-max-new-tokens", type=at_least(1), default=896, help="longest completion of --data teacher")
-    add("--data-batch-size", type=at_least(1), default=256, help="completions decoded at a time for --data teacher")
+    add("--data-temperature", type=float, default=0.8, help="of --data teacher and of --ablate")
+    add("--data-max-new-tokens", type=at_least(1), default=896, help="longest completion of --data teacher and of --ablate")
+    add("--data-batch-size", type=at_least(1), default=256, help="completions decoded at a time for both")
     add("--batch-tokens", type=at_least(1), default=6144, help="tokens per step of all processes, padding included: steps x "
         "this = a stage's budget")
     add("--accumulate", type=at_least(1), default=1, help="compute a step's gradient in this many pieces: less memory")
@@ -854,7 +881,7 @@ def parse_args(argv=None):
     add("--pretrain-steps", type=at_least(1), default=3500, help="steps of the teacher's pre-training")
     add("--pretrain-lr", type=float, default=4e-3, help="peak learning rate of pre-training")
     for name, default in (("d-model", 64), ("n-layers", 4), ("n-heads", 4), ("d-ff", 192)):
-        add(f"--{name}", type=at_least(1), default=default, help="shape of a pre-trained teacher")
+        add(f"--{name}", type=at_least(1), default=default, help="shape of a pre-trained teacher (the small one has 2 layers)")
     add("--cache", default=os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "nanoreasoner"),
         help="folder of tokenised solutions, by a key of all that they depend on")
     add("--log-every", type=at_least(1), default=10, help="steps between log lines")
@@ -871,10 +898,17 @@ def main(argv=None):
     with processes(args.device):
         if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
             raise ValueError("--compile needs a C++ compiler and finds none: install g++, set CXX, or leave it out")
+        if args.teacher and args.sizes != ["base"]:
+            raise ValueError("--sizes is for the teachers of the built-in experiment: leave it out with --teacher")
         args.device, args.dtype = choose_device(args.device, args.dtype)
-        teacher = get_teacher(args)
-        for name in args.student:
-            distill(name, teacher, args)
+        if args.ablate:
+            from ablate import ablate  # an experiment on top of this file, which it imports
+            ablate(get_teacher("base", args), args)
+            return
+        for size in args.sizes:
+            teacher = get_teacher(size, args)
+            for name in args.student:
+                distill(name, teacher, args, named(name, size))
 
 
 if __name__ == "__main__":

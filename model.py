@@ -953,7 +953,7 @@ UNIT_GATE = 1.278464542761  # SiLU(UNIT_GATE) = 1
 LONGEST_MEMORY, SHORTEST_MEMORY = -6.0, 0.0  # a_bias of the first and last head: decay 0.998 .. 0.5
 
 
-def student_from(teacher, mixers):
+def student_from(teacher, mixers, d_state=None, transfer=True):
     """A student with the teacher's weights, in which layers named "mamba" or "mamba2" replace attention.
 
     Everything outside the replaced mixers is copied. Inside them (Wang et al. 2024, figure 2):
@@ -964,41 +964,45 @@ def student_from(teacher, mixers):
         v_proj  (K h, d)    in_proj_x           rows x of in_proj, kv heads repeated to H
         o_proj  (d, H h)    out_proj            out_proj
 
+    Two options are for seeing what this is worth. transfer=False leaves the projections of new mixers at their random
+    start. A d_state of mamba2 other than head_dim, which is aligned with q and k, leaves no place to copy them to: B and C
+    then start at random. (mamba cuts its heads into groups of d_state, so that any d_state takes all weights.)
     Raises ValueError if a mixer is unknown, their number is not the teacher's, or an attention layer is wanted where
     the teacher has none.
     """
-    config = dataclasses.replace(teacher.config, mixers=list(mixers), d_state=None)
+    config = dataclasses.replace(teacher.config, mixers=list(mixers), d_state=d_state)
     student = LM(config).to(device=teacher.device, dtype=teacher.dtype)
     for i, (block, source) in enumerate(zip(student.layers, teacher.layers)):
         if not isinstance(source.mix(), Attention) and block.mixer != source.mixer:
             raise ValueError(f"layer {i} of the teacher is {source.mixer}, not attention: cannot turn it into {block.mixer}")
         block.load_state_dict({k: v for k, v in source.state_dict().items() if k in block.state_dict()}, strict=False)
         if isinstance(source.mix(), Attention) and isinstance(block.mix(), Mamba):
-            mamba_from_attention(block.mix(), source.mix())
+            mamba_from_attention(block.mix(), source.mix(), transfer)
         elif isinstance(source.mix(), Attention) and isinstance(block.mix(), Mamba2):
-            mamba2_from_attention(block.mix(), source.mix())
+            mamba2_from_attention(block.mix(), source.mix(), transfer)
     rest = {k: v for k, v in teacher.state_dict().items() if not k.startswith("model.layers.")}
     student.load_state_dict(rest, strict=False)
     return student
 
 
 @torch.no_grad()
-def mamba_from_attention(mamba, attention):
+def mamba_from_attention(mamba, attention, transfer):
     """Q to C, K to B, V to x, O to out.
 
     It cannot start as a copy of the teacher: SiLU follows the convolution and the gate SiLU(W_z u) has no bias, so no
     choice of the new weights makes either the identity. What can be done is done: the convolution passes the current
     token through, so that SiLU(x) is all that stands between v and the scan; gate and dt keep their random start.
     """
-    mamba.C_proj.weight.copy_(attention.q_proj.weight)
-    mamba.B_proj.weight.copy_(attention.k_proj.weight)
-    mamba.in_proj_x.weight.copy_(attention.v_proj.weight)
-    mamba.out_proj.weight.copy_(attention.o_proj.weight)
+    if transfer:
+        mamba.C_proj.weight.copy_(attention.q_proj.weight)
+        mamba.B_proj.weight.copy_(attention.k_proj.weight)
+        mamba.in_proj_x.weight.copy_(attention.v_proj.weight)
+        mamba.out_proj.weight.copy_(attention.o_proj.weight)
     identity_convolution(mamba.conv1d)
 
 
 @torch.no_grad()
-def mamba2_from_attention(mamba2, attention):
+def mamba2_from_attention(mamba2, attention, transfer):
     """Q to C, K to B, V to x, O to out; then linear attention is all that is left of the difference.
 
     The convolution is the identity, the gate is SiLU(UNIT_GATE) = 1 with zero weights, the skip D is 0 (attention has
@@ -1009,12 +1013,14 @@ def mamba2_from_attention(mamba2, attention):
         return repeat_rows(weight, attention.head_dim, attention.n_heads // attention.n_kv_heads)
 
     x, B, C, z, a = mamba2.in_proj.weight.split(mamba2.sizes)
-    x.copy_(repeat(attention.v_proj.weight))
-    B.copy_(repeat(attention.k_proj.weight))
-    C.copy_(attention.q_proj.weight)
+    if transfer:
+        x.copy_(repeat(attention.v_proj.weight))
+        mamba2.out_proj.weight.copy_(attention.o_proj.weight)
+    if transfer and mamba2.d_state == attention.head_dim:
+        B.copy_(repeat(attention.k_proj.weight))
+        C.copy_(attention.q_proj.weight)
     z.zero_()
     a.zero_()
-    mamba2.out_proj.weight.copy_(attention.o_proj.weight)
     mamba2.z_bias.fill_(UNIT_GATE)
     mamba2.A_log_bias.copy_(torch.linspace(LONGEST_MEMORY, SHORTEST_MEMORY, mamba2.n_heads))
     mamba2.D.zero_()

@@ -544,6 +544,30 @@ def test_attention_weights_go_where_they_belong_in_mamba(make_lm, kv_heads):
 
 
 @pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
+def test_without_transfer_only_the_projections_of_new_mixers_differ(make_lm, mixer):
+    """What the transfer is worth is seen against a student that differs in nothing else: gate, decays, taps start alike."""
+    teacher = make_lm()
+    torch.manual_seed(1)
+    with_weights = weights(student_from(teacher, [mixer] * 3))
+    torch.manual_seed(1)
+    without = weights(student_from(teacher, [mixer] * 3, transfer=False))
+    moved = ("in_proj.weight", "out_proj.weight", "C_proj.weight", "B_proj.weight", "in_proj_x.weight")
+    for name, tensor in without.items():
+        assert torch.equal(tensor, with_weights[name]) != name.endswith(moved), name
+
+
+def test_a_state_not_aligned_with_the_head_takes_x_and_out_only(make_lm):
+    teacher = make_lm()
+    mixer = student_from(teacher, ["mamba2"] * 3, d_state=20).layers[0].mamba2
+    x, B, C = mixer.in_proj.weight[:32 + 2 * 4 * 20].split([32, 80, 80])
+    assert torch.equal(x, repeat_heads(teacher.layers[0].self_attn.v_proj.weight, 8, 2))
+    assert torch.equal(mixer.out_proj.weight, teacher.layers[0].self_attn.o_proj.weight)
+    assert B.std() > 0.1 and C.std() > 0.1
+    mamba = student_from(teacher, ["mamba"] * 3, d_state=4).layers[0].mamba
+    assert torch.equal(mamba.C_proj.weight, teacher.layers[0].self_attn.q_proj.weight) and mamba.A_log.shape == (32, 4)
+
+
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
 def test_the_convolution_starts_by_passing_the_current_token(make_lm, mixer):
     """Weight 1 on the current token for x, nothing on the tokens before. Red if the taps are in the other order."""
     conv = student_from(make_lm(), [mixer] * 3).layers[0].mix().conv1d
