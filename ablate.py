@@ -14,7 +14,7 @@ Contents: the variants, measuring a student, many students at a time, the table.
 import argparse
 import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -112,8 +112,8 @@ def ablate(teacher_folder, args):
     args = argparse.Namespace(**vars(args) | dict(out=os.path.join(args.out, "ablation")))
     workers = torch.get_num_threads() if args.device.type == "cpu" else 1
     jobs = [(name, seed) for seed in range(args.ablate_seeds) for name in VARIANTS]
-    threads = torch.get_num_threads() // workers
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,)) if workers > 1 else ThreadPoolExecutor(1) as pool:
         teacher = pool.submit(measured, teacher_folder, teacher_folder, args)
         futures = [pool.submit(one_student, *job, teacher_folder, args) for job in jobs]
         try:
