@@ -6,9 +6,9 @@
     score = AGGREGATE["last"](steps)
 
 There are two kinds, and a folder's config.json says which it holds:
-- A process reward model (Lightman et al. 2023) judges every step of a solution. That of RLHFlow (search-and-learn's, and
-  so the paper's) is a language model, fine-tuned to answer a dialogue: each turn of the user is one step, and it says
-  "+" if all is well so far, "-" if not. p = softmax of these two tokens' logits where it is about to say one.
+- A process reward model (Lightman et al. 2023) judges every step of a solution. That of RLHFlow, which search-and-learn
+  uses, is a language model, fine-tuned to answer a dialogue: each turn of the user is one step, and it says "+" if all
+  is well so far, "-" if not. p = softmax of these two tokens' logits where it is about to say one.
 - A verifier (Cobbe et al. 2021), model.py's Verifier, reads prompt and solution and says one number at the end.
 
 The softmax of two logits is the sigmoid of their difference, (w+ - w-) . x if the head's rows are w+ and w-. So a
@@ -79,7 +79,7 @@ class RewardModel:
         self.tokenizer = load_tokenizer(folder)
         folder = checkpoint_folder(folder)
         self.is_verifier = Verifier.architecture in (read_config(folder).get("architectures") or ())
-        self.lm = (Verifier if self.is_verifier else LM).from_pretrained(folder, device, dtype).eval()
+        self.lm = (Verifier if self.is_verifier else LM).from_pretrained(folder, device, dtype).eval().requires_grad_(False)
         if self.is_verifier:
             self.w = self.lm.score.weight[0].float()  # (d_model,)
             return

@@ -58,10 +58,12 @@ def test_steps_stand_between_blank_lines(completion, steps):
 
 def test_a_process_reward_model_reads_a_dialogue():
     """Question and step 1 are the first turn, every other step is one of its own, and each is answered with "+". The
-    positions are those just before the answers."""
-    tokenizer = load_tokenizer("arithmetic")
+    positions are those just before the answers. Red if the system message, here "Be brief", comes in every turn."""
+    tokenizer = data.Tokenizer(data.arithmetic_definition() | dict(
+        chat=[["<|question|>", "Be brief", "<|end|>", "<|question|>"], ["<|answer|>"]]))
     text = process_text(tokenizer, dict(question="Q?", completion="12 +7 = 19\n\n\\boxed{19}"))
-    assert tokenizer.decode(text.ids) == "<|question|>Q? 12 +7 = 19<|answer|>+<|end|><|question|>\\boxed{19}<|answer|>+<|end|>"
+    assert tokenizer.decode(text.ids) == ("<|question|>Be brief<|end|><|question|>Q? 12 +7 = 19<|answer|>+<|end|>"
+                                          "<|question|>\\boxed{19}<|answer|>+<|end|>")
     answer = tokenizer.definition["special"]["<|answer|>"]
     assert text.positions == [i for i, token in enumerate(text.ids) if token == answer]
 
