@@ -302,10 +302,16 @@ class Tokenizer:
         except (KeyError, OverflowError) as error:
             raise ValueError(f"{error.args[0]}: the vocabulary has ids 0 to {self.vocab_size - 1}") from None
 
-    def chat(self, question):
+    def chat(self, question, first=True):
         """The prompt for a question, up to where the answer starts. What the question spells is plain text, and is encoded
-        in one go with the plain texts next to it: a token may span them."""
+        in one go with the plain texts next to it: a token may span them.
+
+        Not the first question of a dialogue: it follows an answer and eos_ids[0], without what only starts a dialogue.
+        """
         special, (before, after) = self.definition["special"], self.definition["chat"]
+        if not first:  # what starts a dialogue is the beginning of the text and, as it ends like a turn, the system message
+            once = [i for i, item in enumerate(before) if item in ("<|begin_of_text|>", *self.definition["eos"][:1])]
+            before = before[once[-1] + 1:] if once else before
         ids, text = [], ""
         for item in [*before, None, *after]:
             if item in special:

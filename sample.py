@@ -3,12 +3,15 @@
     python sample.py                      every model under out/, 64 samples of each test problem
     python sample.py --model out/pure --num-samples 256 --temperature 0.6
     torchrun --nproc_per_node=8 sample.py --task gsm8k --model folder      each process takes its share of the problems
+    python sample.py --score RLHFlow/Llama3.1-8B-PRM-Deepseek-Data         a reward model (reward.py) judges the samples
 
-Reads   out/<name>/ (a checkpoint of distill.py)
-Writes  out/<name>/samples.jsonl, one record per completion, and samples.json: the settings and the speed
+Reads   out/<name>/ (a checkpoint of distill.py); with --score the samples there, and samples.json for their prompt
+Writes  out/<name>/samples.jsonl, one record per completion, and samples.json: the settings and the speed; with --score
+        scores.jsonl and scores.json instead, in the same manner
 Rerunning goes on where a run stopped. Teacher and students go through the same loop, batch and tricks.
 
-Contents: random numbers, choosing a token, the prompts, the batch, generate, processes, records on disk, the script.
+Contents: random numbers, choosing a token, the prompts, the batch, generate, processes, records on disk, scores, the
+script.
 """
 import contextlib
 import datetime
@@ -16,6 +19,7 @@ import json
 import os
 import sys
 import time
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +30,7 @@ from tqdm import tqdm
 from data import (Parser, at_least, choose_subset, find_models, load_task, load_tokenizer, prompt_template, read_json,
                   refuse_other_settings, run, write_json)
 from model import LM, choose_device, columns_read, device_name, fingerprint
+from reward import AGGREGATE, RewardModel, batches, process_text, verifier_text
 
 # ------------------------------------------------------------------------------------------------ random numbers
 MASK = 2 ** 64 - 1
@@ -288,13 +293,13 @@ def record_of(completion, problem, tokenizer, offset=0.0):
     return (json.dumps(record) + "\n").encode()
 
 
-def write_summary(folder, settings, lm, records_tokens, seconds):
+def write_summary(folder, settings, lm, records_tokens, seconds, name="samples.json", **more):
     """samples.json: the settings that must not mix, and what was measured."""
     summary = dict(settings=settings, device=device_name(lm.device), dtype=str(lm.dtype).removeprefix("torch."),
                    params=lm.num_parameters(), tokens=records_tokens, seconds=round(seconds, 3),
                    tokens_per_second=round(records_tokens / seconds, 1) if seconds else None,
                    date=datetime.date.today().isoformat(), torch=torch.__version__, threads=torch.get_num_threads())
-    write_json(os.path.join(folder, "samples.json"), summary)
+    write_json(os.path.join(folder, name), summary | more)
 
 
 def sample_model(model_folder, folder, problems, args):
@@ -351,6 +356,108 @@ def progress(folder, total, initial):
                 mininterval=0.5 if sys.stderr.isatty() else 10)
 
 
+# ------------------------------------------------------------------------------------------------ scores
+SCORED = ("problem", "sample", "question", "completion", "finish")  # what scoring reads of a record of samples.jsonl
+
+
+def crc_of(completion):
+    """Eight hex digits that tell whether a text is still the one that was scored."""
+    return f"{zlib.crc32(completion.encode('utf-8', 'surrogatepass')):08x}"
+
+
+def sampled_folders(out, models):
+    """The folders under `out` that hold samples; of these models if any are named, and then of all of them."""
+    if models:
+        names = [os.path.basename(os.path.normpath(model)) for model in models]
+    else:
+        names = sorted(os.listdir(out) if os.path.isdir(out) else [], key=lambda name: (name != "teacher", name))
+    found = [name for name in names if os.path.isfile(os.path.join(out, name, "samples.jsonl"))]
+    missing = [os.path.join(out, name, "samples.jsonl") for name in (names if models else []) if name not in found]
+    if missing or not found:
+        raise ValueError(f"no {missing[0] if missing else f'samples under {out}/'} to score: run python sample.py first")
+    return [os.path.join(out, name) for name in found]
+
+
+def read_scorable(path):
+    """Records of a samples.jsonl, every problem's sample 0 first. ValueError if there are none, or naming a bad line."""
+    records = read_samples(path)
+    for number, record in enumerate(records, 1):
+        lacks = [field for field in SCORED if not isinstance(record, dict) or field not in record]
+        if lacks:
+            raise ValueError(f"{path}, line {number} lacks {', '.join(lacks)}: repair or delete the file")
+    if not records:
+        raise ValueError(f"{path} is empty: run python sample.py first")
+    return sorted(records, key=lambda record: (record["sample"], record["problem"]))
+
+
+def read_scores(path, records):
+    """Records of a scores.jsonl, as read_samples. ValueError if one is not of these samples: sampled again since?"""
+    scores, crcs = read_samples(path), {(r["problem"], r["sample"]): crc_of(r["completion"]) for r in records}
+    for score in scores:
+        if crcs.get((score.get("problem"), score.get("sample")), "none") != score.get("crc"):
+            raise ValueError(f"{path} holds scores of other samples (problem {score.get('problem')}, sample "
+                             f"{score.get('sample')}): delete {path}")
+    return scores
+
+
+def score_of(text, steps, aggregate, seconds):
+    """The line of scores.jsonl for a text and its p at each step, or at its end (aggregate None), as bytes."""
+    record = dict(problem=text.record["problem"], sample=text.record["sample"], score=AGGREGATE[aggregate or "last"](steps),
+                  num_tokens=len(text.ids), seconds=round(seconds, 4), crc=crc_of(text.record["completion"]))
+    return (json.dumps(record | (dict(steps=[round(p, 6) for p in steps]) if aggregate else {})) + "\n").encode()
+
+
+def score_samples(folder, reward, weights, args):
+    """Scores of all samples in a folder into folder/scores.jsonl, going on where an earlier run stopped.
+
+    Of several processes each takes every world()-th of what is left. `seconds` is since scoring began, and every
+    problem's first samples come first, so that it says what choosing among k samples costs.
+    """
+    path, summary, sidecar = (os.path.join(folder, name) for name in ("scores.jsonl", "scores.json", "samples.json"))
+    records, aggregate, template = read_scorable(os.path.join(folder, "samples.jsonl")), args.aggregate, None
+    if reward.is_verifier:
+        sampled_with = read_json(sidecar).get("settings", {}) if os.path.exists(sidecar) else {}
+        aggregate, template = None, sampled_with.get("prompt") or prompt_template(args.task, args.prompt_file)
+    settings = dict(kind="verifier" if reward.is_verifier else "process", aggregate=aggregate, prompt=template,
+                    score_tokens=args.score_tokens, processes=world(), device=reward.lm.device.type,
+                    dtype=str(reward.lm.dtype).removeprefix("torch."), weights=weights)
+    if os.path.exists(path):
+        refuse_other_settings(path, read_json(summary)["settings"] if os.path.exists(summary) else {}, settings)
+    barrier()  # nobody writes before everybody has compared the settings
+    scores = read_scores(path, records)
+    done, tokens = {(s["problem"], s["sample"]) for s in scores}, sum(s["num_tokens"] for s in scores)
+    offset = max((s["seconds"] for s in scores), default=0.0)
+    if rank() == 0:
+        write_summary(folder, settings, reward.lm, tokens, offset, "scores.json", reward_model=args.score)
+    left = [record for record in records if (record["problem"], record["sample"]) not in done]
+    if not left:
+        print(f"{path}: finished")
+        return
+    mine = left[rank()::world()]
+
+    def mine_in_batches():
+        texts = (verifier_text(reward.tokenizer, record, template) if reward.is_verifier else
+                 process_text(reward.tokenizer, record) for record in mine)
+        return batches(texts, args.score_tokens)
+    for batch in mine_in_batches():
+        reward.judge(batch)
+        break  # warm-up
+    barrier()
+    began, share = time.perf_counter(), len(done) // world()
+    with open(path, "ab", buffering=0) as f, progress(folder, share + len(mine), share) as bar:
+        for batch in mine_in_batches():
+            judged = reward.judge(batch)
+            seconds, tokens = offset + time.perf_counter() - began, tokens + sum(len(text.ids) for text in batch)
+            f.write(b"".join(score_of(text, steps, aggregate, seconds) for text, steps in zip(batch, judged)))
+            bar.set_postfix_str(f"{tokens / seconds:,.0f} tokens/s", refresh=False)
+            bar.update(len(batch))
+    barrier()
+    if rank() == 0:
+        scores = read_samples(path)
+        write_summary(folder, settings, reward.lm, sum(s["num_tokens"] for s in scores), max(s["seconds"] for s in scores),
+                      "scores.json", reward_model=args.score)
+
+
 # ------------------------------------------------------------------------------------------------ the script
 def parse_args(argv=None):
     parser = Parser(__doc__)
@@ -368,6 +475,11 @@ def parse_args(argv=None):
     parser.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens of this mass; 1: all")
     parser.add_argument("--batch-size", type=int, default=256, help="completions decoded at a time")
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers of sampling")
+    parser.add_argument("--score", metavar="MODEL", help="a reward model's folder or Hugging Face repository: instead of "
+                        "sampling, score the samples in OUT/<name>/, of all models by default")
+    parser.add_argument("--aggregate", choices=list(AGGREGATE), default="last", help="a process reward model's score: its "
+                        "probability for the last step, the smallest, or the product of all")
+    parser.add_argument("--score-tokens", type=at_least(1), default=16384, help="tokens scored at a time, padding included")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda, float32 on cpu")
     return parser.parse_args(argv)
@@ -377,6 +489,12 @@ def main(argv=None):
     args = parse_args(argv)
     with processes(args.device):
         args.device, args.dtype = choose_device(args.device, args.dtype)
+        if args.score:
+            folders = sampled_folders(args.out, args.model)
+            reward, weights = RewardModel(args.score, args.device, args.dtype), fingerprint(args.score)
+            for folder in folders:
+                score_samples(folder, reward, weights, args)
+            return
         folders = args.model or find_models(args.out)
         problems = choose_subset(load_task(args.task, "test"), args.limit, args.subset_seed)
         print(f"{len(problems)} problems of {args.task} x {args.num_samples} samples, batch {args.batch_size}, "

@@ -328,6 +328,42 @@ def test_smollm2s_chat_is_its_template(trained, question, tmp_path):
     assert tokenizer.eos_ids == [SPECIAL.index("<|im_end|>"), SPECIAL.index("<|endoftext|>")]
 
 
+LLAMA3_TEMPLATE = (
+    "{{ '<|begin_of_text|>' }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>"
+    "\n\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}")
+LLAMA31_TEMPLATE = LLAMA3_TEMPLATE.replace(  # without what it has for tools
+    "<|begin_of_text|>", "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December "
+    "2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>")
+DIALOGUE = [("What is 2+2? 2+2", "+"), ("  = {4}", "-"), ("", "+"), ("\n\n1. So\n", "yes"), ("<|x|> 7", "+")]
+
+
+@pytest.mark.parametrize("template", [SMOLLM2_TEMPLATE, LLAMA3_TEMPLATE, LLAMA31_TEMPLATE], ids=["SmolLM2", "3", "3.1"])
+def test_a_dialogue_is_the_familys_template_too(trained, template, tmp_path):
+    """Every question is asked with chat, its answer follows with what ends a turn. Red if a later turn begins with the
+    beginning of the text or with the system message again, or lacks what stands between two turns."""
+    jinja2 = pytest.importorskip("jinja2")
+    steps = PRE_TOKENIZERS["SmolLM2" if template == SMOLLM2_TEMPLATE else "Llama 3"]
+    content = trained | {"pre_tokenizer": dict(type="Sequence", pretokenizers=steps)}
+    tokenizer, ids = load_tokenizer(save_json(tmp_path, content, tokenizer_config=dict(chat_template=template))), []
+    text = jinja2.Template(template, keep_trailing_newline=True).render(messages=[
+        dict(role=role, content=content) for turn in DIALOGUE for role, content in zip(("user", "assistant"), turn)])
+    for part in re.split(rf"({'|'.join(map(re.escape, SPECIAL))})", text.rstrip("\n")):  # SmolLM2's ends in a newline
+        ids += [SPECIAL.index(part)] if part in SPECIAL else reference(content)(part)
+    found = []
+    for turn, (question, answer) in enumerate(DIALOGUE):
+        found += tokenizer.chat(question, first=turn == 0) + tokenizer.encode(answer) + tokenizer.eos_ids[:1]
+    assert found == ids
+
+
+def test_a_dialogue_without_a_template_repeats_what_comes_around_a_question(tokenizer, llama3):
+    """The built-in task's, and a base model's, where the text begins only once."""
+    assert tokenizer.decode(tokenizer.chat("1", first=False)) == "<|question|>1<|answer|>"
+    with open(os.path.join(llama3, "tokenizer_config.json"), "w") as f:
+        f.write("{}")
+    base = load_tokenizer(llama3)
+    assert [base.decode(base.chat("1", first)) for first in (True, False)] == ["<|begin_of_text|>1\n", "1\n"]
+
+
 def test_special_text_in_a_question_stays_plain_in_a_chat(trained, tmp_path):
     """A question must not be able to end its own turn. Red if the rendered text is encoded as a whole."""
     tokenizer = load_tokenizer(save_json(tmp_path, trained, tokenizer_config=dict(chat_template=SMOLLM2_TEMPLATE)))
