@@ -206,7 +206,7 @@ def test_votes_at_k_agree_with_all_subsets(rule, gold, monkeypatch):
             "best_of_n": grade.best_of_n}[rule]
     ks, n = range(1, len(CASE) + 1), len(CASE)
     run = fake_run(codes=np.array([[0, 1, -1, 0, 2, 1, 0]]), right=np.array([[a == gold for a in CASE]]),
-                   problems=[[{"score": score} for score in SCORES]])
+                   scores=SCORES[None])
     # ties go to the earliest in the order in which samples were drawn, so each subset counts in random orders
     rng, expected = np.random.default_rng(1), []
     for k in ks:
