@@ -101,13 +101,15 @@ def spread(heights, gap, top):
     return placed
 
 
-def label_ends(ax, ends):
-    """Each line's name at the right edge, at the height where the line ends: {name: (height, colour)}."""
+def label_ends(ax, ends, gap=0.055):
+    """Each line's name at the right edge, at the height where the line ends: {name: (height, colour)}, `gap` of the panel's
+    height apart. A thin line leads to a name that had to move."""
     low, high = ax.get_ylim()
-    heights = spread([height for height, _ in ends.values()], 0.055 * (high - low), high)
-    for (name, (_, colour)), at in zip(ends.items(), heights):
-        ax.annotate(name, (1, at), (8, 0), xycoords=("axes fraction", "data"), textcoords="offset points", color=colour,
-                    va="center", fontweight="bold", annotation_clip=False)
+    heights = spread([height for height, _ in ends.values()], gap * (high - low), high)
+    for (name, (height, colour)), at in zip(ends.items(), heights):
+        line = dict(arrowstyle="-", color=colour, linewidth=0.8, shrinkA=2, shrinkB=0, relpos=(0, 0.5))
+        ax.annotate(name, (1.01, height), (1.04, at), xycoords=("axes fraction", "data"), color=colour, va="center",
+                    fontweight="bold", annotation_clip=False, arrowprops=line if abs(at - height) > 0.01 * (high - low) else None)
 
 
 # ------------------------------------------------------------------------------------------------ coverage and accuracy
@@ -174,8 +176,9 @@ def samples_axis(ax):
 
 
 def draw_curves(models, kind):
-    """Two panels: `kind` against seconds (left) and against samples per problem (right)."""
+    """Two panels: `kind` against seconds (left) and against samples per problem (right), of the full size if there is one."""
     colour = colours(models)
+    models = {name: m for name, m in models.items() if not name.endswith("-small")} or models
     titles = coverage_titles(models) if kind == "coverage" else majority_titles(models)
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.9), sharey=True)
     draw_lines(left, models, colour, "seconds", kind)
@@ -203,18 +206,17 @@ def moment(seconds):
 
 
 def front_title(kind, steps):
-    """Who is in front for longest, as a ratio of times, and who in the end."""
-    end = max(steps[-1][0], steps[0][0])
-    *found, (last, since, _) = stretches(steps)
-    title = f"{RULES[kind].capitalize()}: "
-    if not found:
-        return title + f"{last} leads at every budget"
-    name, start, stop = max(found, key=lambda stretch: stretch[2] / stretch[1])
-    return title + f"{name} leads from {moment(start)} to {moment(stop)} s, {last} from {moment(since)} s on"
+    """Who is in front longest, by the ratio of times, before the one who is in the end."""
+    *earlier, (last, since, _) = stretches(steps)
+    title = {"coverage": "Coverage", "majority": "Majority vote", "weighted": "Weighted vote"}[kind]
+    if not earlier:
+        return f"{title}: {last} leads at every budget"
+    name, start, end = max(earlier, key=lambda stretch: stretch[2] / stretch[1])
+    return f"{title}: {name} leads from {moment(start)} to {moment(end)} s, {last} from {moment(since)} s on"
 
 
 def draw_front(results):
-    """Two panels against seconds: coverage, and the accuracy of the weighted vote, or of the majority without scores. The
+    """Two panels against seconds: coverage, and the accuracy of the weighted vote, without scores that of the majority. The
     front is the broad staircase behind the curves, in the colour of the model that is on it."""
     models = {name: results["models"][name] for name in results["front_models"]}
     colour = colours(results["models"])
@@ -222,17 +224,19 @@ def draw_front(results):
     for ax, kind in zip(axes, ("coverage", "weighted" if "weighted" in results["front"] else "majority")):
         steps = results["front_steps"][kind]
         scored = kind == "weighted" and results["front_with_scoring"]
-        seconds = {name: m["seconds_scored"] if scored else m["seconds"] for name, m in models.items()}
+        seconds = {name: m["seconds_scored" if scored else "seconds"] for name, m in models.items()}
         end = max(moments[-1] for moments in seconds.values())
-        for (start, name, _, value), (stop, _, _, after) in itertools.pairwise(steps + [[end, *steps[-1][1:]]]):
-            ax.plot([start, stop, stop], [100 * value, 100 * value, 100 * after], color=colour[name], linewidth=9, alpha=0.3,
-                    solid_capstyle="butt", zorder=1)
+        for name, start, stop in stretches(steps):
+            held = [(at, 100 * value) for at, _, _, value in steps if start <= at <= (stop or end)]  # with its successor's first
+            ax.plot(*zip(*held, *([] if stop else [(end, held[-1][1])])), color=colour[name], linewidth=9, alpha=0.3,
+                    drawstyle="steps-post", solid_capstyle="butt", solid_joinstyle="miter", zorder=1)
         for name, m in models.items():
-            ax.plot(seconds[name], [100 * value for value in m[kind]], **look(name, colour[name]) | dict(linewidth=1.2, markersize=5))
-            ax.plot([seconds[name][-1], end], [100 * m[kind][-1]] * 2, color=colour[name], linestyle=":", linewidth=1.2)
+            percent = [100 * value for value in m[kind]]
+            ax.plot(seconds[name], percent, **look(name, colour[name]) | dict(linewidth=1.3, markersize=5))
+            ax.plot([seconds[name][-1], end], [percent[-1]] * 2, color=colour[name], linestyle=":", linewidth=1.2)
         time_axis(ax, min(moments[0] for moments in seconds.values()), end)
         if scored:
-            ax.set_xlabel("seconds of generating and scoring")
+            ax.set_xlabel("seconds of generation and scoring")
         ax.yaxis.set_major_formatter("{x:.0f}%")
         ax.set_ylabel(RIGHT[kind])
         ax.set_title(textwrap.fill(front_title(kind, steps), 40), pad=10)
@@ -241,21 +245,40 @@ def draw_front(results):
 
 
 # ------------------------------------------------------------------------------------------------ selection
+def selection_title(models):
+    gains = sorted(round(m["gain"][-1]) for m in models.values())
+    by = f"{gains[0]:+d}" if gains[0] == gains[-1] else f"{gains[0]:+d} to {gains[-1]:+d}"
+    return f"Votes weighted by scores against plain majority, all samples: {by} points"
+
+
 def draw_selection(models):
-    """One column per model, at most three in a row: the three ways to choose one answer against k and, below, seconds."""
+    """Per model two panels, one below the other: three ways to choose one answer against samples and against seconds."""
     columns = min(len(models), 3)
     rows = 2 * math.ceil(len(models) / columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(max(3.6 * columns, 5), 0.8 + 2.7 * rows), sharey=True, squeeze=False)
-    for i, (name, m) in enumerate(models.items()):
-        above, below = axes[2 * (i // columns):, i % columns][:2]
-        for rule, colour in RULE_COLOURS.items():
-            percent = [100 * value for value in m[rule]]
-            seconds = m["seconds"] if rule == "majority" else m["seconds_scored"] or m["seconds"]
-            above.plot(m["k"], percent, color=colour, marker="o", markersize=4, label=RULES[rule])
-            below.plot(seconds, percent, color=colour, marker="o", markersize=4)
-        samples_axis(above)
-        time_axis(below, m["seconds"][0], (m["seconds_scored"] or m["seconds"])[-1])
+    fig, axes = plt.subplots(rows, columns, figsize=(max(3.7 * columns, 7), 0.7 + 2.6 * rows), sharey=True, squeeze=False)
+    fig.suptitle(selection_title(models), x=0.01, ha="left", fontsize=13.5, fontweight="bold", color=INK)
+    clocks = {name: m["seconds_scored"] or m["seconds"] for name, m in models.items()}
+    start, end = min(m["seconds"][0] for m in models.values()), max(clock[-1] for clock in clocks.values())
+    for ax in axes.flat:
+        ax.set_visible(False)
+    panels = {name: axes[i // columns * 2:, i % columns][:2] for i, name in enumerate(models)}
+    for name, m in models.items():
+        for ax, by in zip(panels[name], ("k", "seconds")):
+            ax.set_visible(True)
+            for rule, colour in RULE_COLOURS.items():
+                x = clocks[name] if by == "seconds" and rule != "majority" else m[by]
+                ax.plot(x, [100 * value for value in m[rule]], color=colour, marker="o", markersize=4, linewidth=1.8)
+        above, below = panels[name]
         above.set_title(name)
+        samples_axis(above)
+        time_axis(below, start, 1.1 * end)
+        below.set_xlabel("seconds, scoring included" if m["seconds_scored"] else "seconds without scoring")
+    for name in list(models)[columns - 1::columns]:  # the last column
+        for ax in panels[name]:
+            label_ends(ax, {RULES[rule]: (100 * models[name][rule][-1], colour) for rule, colour in RULE_COLOURS.items()}, gap=0.1)
+    for ax in axes[:, 0]:
+        ax.yaxis.set_major_formatter("{x:.0f}%")
+        ax.set_ylabel("right choice")
     return fig
 
 
@@ -273,7 +296,7 @@ def draw_training(logs, colour):
             if stage in log:
                 tokens, losses = zip(*log[stage])
                 ax.plot([count / 1e6 for count in tokens], losses, color=colour[name], label=name,
-                        marker="." if len(losses) < 10 else "")
+                        linestyle=look(name, colour[name])["linestyle"], marker="." if len(losses) < 10 else "")
         ax.set_yscale("log")
         low, high = ax.get_ylim()
         log_axis(ax.yaxis, low, high)

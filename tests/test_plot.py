@@ -15,7 +15,7 @@ import grade
 import plot
 
 ROOT = Path(plot.__file__).parent
-FILES = ["accuracy.png", "coverage.png", "results.md", "training.png"]
+FILES = ["accuracy.png", "coverage.png", "front.png", "results.md", "training.png"]
 MODELS = {"teacher": (0.4, 4.0), "pure": (0.3, 1.0), "hybrid": (0.35, 2.0), "sft": (0.1, 1.5), "long-name-of-a-model": (0.2, 1.2)}
 
 
@@ -72,7 +72,7 @@ def test_any_set_of_models_can_be_drawn_without_warnings(names, num_samples, abi
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plot.main(["--out", str(tmp_path)])
-    assert set(FILES) <= set(os.listdir(tmp_path))
+    assert set(FILES) - set(os.listdir(tmp_path)) == ({"front.png"} if len(names) == 1 else set())
 
 
 def test_without_training_logs_there_is_no_training_figure(tmp_path):
@@ -89,7 +89,7 @@ def test_every_figure_uses_the_models_colours_which_never_change(three):
     assert plot.colours(["sft", "hybrid", "x", "pure"])["pure"] == colour["pure"]
     assert len(set(plot.colours([*MODELS, "a", "b"]).values())) == 7
     logs = {name: plot.read_metrics(out / name / "metrics.jsonl") for name in models}
-    for figure in (plot.draw_curves(models, "teacher", "coverage"), plot.draw_curves(models, "teacher", "majority"),
+    for figure in (plot.draw_curves(models, "coverage"), plot.draw_curves(models, "majority"), plot.draw_front(results),
                    plot.draw_training(logs, colour)):
         assert {line.get_color() for ax in figure.axes for line in ax.lines} == set(colour.values())
         plot.plt.close(figure)
@@ -98,7 +98,7 @@ def test_every_figure_uses_the_models_colours_which_never_change(three):
 @pytest.mark.parametrize("kind", ["coverage", "majority"])
 def test_lines_and_bars_show_the_numbers_of_results_json(kind, three):
     models = three[1]["models"]
-    figure = plot.draw_curves(models, "teacher", kind)
+    figure = plot.draw_curves(models, kind)
     for ax, x in zip(figure.axes, ("seconds", "k")):
         drawn = {line.get_color(): line.get_xydata() for line in ax.lines if line.get_marker() != "None"}
         for name, colour in plot.colours(models).items():
@@ -123,15 +123,15 @@ def test_stages_start_at_0_tokens_and_a_torn_line_is_left_out(tmp_path):
     (-3.0, -5.0, "In the same time, pure is not clearly ahead of teacher"),
 ])
 def test_titles_claim_only_what_the_numbers_show(lead, low, title):
-    pure = {"coverage": [0.31], "ahead": {"best_lead": lead, "best_lead_low": low}}
-    left, right = plot.coverage_titles({"teacher": {"coverage": [0.4]}, "pure": pure}, "teacher")
+    pure = {"coverage": [0.31], "teacher": "teacher", "ahead": {"best_lead": lead, "best_lead_low": low}}
+    left, right = plot.coverage_titles({"teacher": {"coverage": [0.4]}, "pure": pure})
     assert left.replace("\N{NO-BREAK SPACE}", " ") == title
     assert right.replace("\N{NO-BREAK SPACE}", " ") == "Sample for sample, pure starts 9 points behind teacher"
 
 
 def test_titles_are_neutral_without_a_comparison():
     late = {"coverage": [0.4], "ahead": {"best_lead": None}}
-    assert plot.coverage_titles({"late": late}, None) == ("Coverage in the same time", "Coverage with as many samples")
+    assert plot.coverage_titles({"late": late}) == ("Coverage in the same time", "Coverage with as many samples")
 
 
 @pytest.mark.parametrize("heights", [[90, 90.1, 89.9], [99, 99, 99, 99], [0, 0.5, 50], [50, 10, 90], [95]])
