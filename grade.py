@@ -255,7 +255,8 @@ def add_scores(path, problems):
         sample = problems.get(r["problem"], {}).get(r["sample"])
         if sample is None or r.get("crc", crc(sample)) != crc(sample):
             wrong = "is not in samples.jsonl" if sample is None else "has another text in samples.jsonl"
-            raise ValueError(f"{path} has scores of other samples ({which} {wrong}): delete it, run python sample.py --score MODEL")
+            raise ValueError(f"{path} has scores of other samples ({which} {wrong}): delete it and run "
+                             "python sample.py --score MODEL")
         for key in ("score", "seconds"):
             if not is_finite(r.get(key, 0)):
                 raise ValueError(f"{path}: the {key} of {which} is {r[key]}, which is no finite number")
@@ -301,18 +302,17 @@ class Run:
 
     def read_scores(self, path, problems):
         add_scores(path, problems)
-        counted = list(itertools.chain(*self.problems))
+        counted, sidecar = list(itertools.chain(*self.problems)), os.path.splitext(path)[0] + ".json"
         lacking = [f"problem {r['problem']}, sample {r['sample']}" for r in counted if "score" not in r]
         if lacking:
             raise ValueError(f"{path} lacks some of the samples: {len(lacking)} of {len(counted)} have no score, the first is "
                              f"{lacking[0]}; run python sample.py --score MODEL")
+        settings = read_json(sidecar).get("settings", {}) if os.path.exists(sidecar) else {}
+        self.scorer = ", ".join([os.path.basename(path)] + [f"{key} {settings[key]}" for key in ("model", "kind", "aggregate")
+                                                            if key in settings])
         self.scores = np.array([[r["score"] for r in problem] for problem in self.problems], float)  # (P, n)
         if all(r["scored"] is not None for r in counted):  # (n,): when, since scoring began, every problem had k scores
             self.scoring_seconds = np.max([sorted(r["scored"] for r in problem) for problem in self.problems], axis=0)
-        sidecar = os.path.splitext(path)[0] + ".json"
-        settings = read_json(sidecar).get("settings", {}) if os.path.exists(sidecar) else {}
-        self.scorer = " ".join([os.path.basename(path)] + [f"{key} {settings[key]}" for key in ("model", "kind", "aggregate")
-                                                           if settings.get(key)])
 
     def grade(self, n):
         self.answers = []  # P lists of n normalised answers or None
@@ -451,13 +451,14 @@ Curve = collections.namedtuple("Curve", "name ks seconds values mean")  # (K,), 
 
 
 def curve(run, rule, with_scoring, seed):
-    """Coverage at every k; votes at every k up to n = 64, beyond that at 64 evenly spaced ones and the powers of two: a
-    second per model and rule."""
+    """Values after each round: coverage at every k; votes too, but of more than 64 samples at 32 even steps and the powers
+    of two only, since they take their time (0.9 s per model for 72 problems x 64 samples)."""
     n = len(run.seconds)
-    ks = np.arange(1, n + 1) if n <= 64 or rule == "coverage" else np.union1d(powers_of_two(n), np.linspace(1, n, 64).astype(int))
+    few = n <= 64 or rule == "coverage"
+    ks = np.arange(1, n + 1) if few else np.union1d(powers_of_two(n), np.linspace(1, n, 32).astype(int))
     values = run.coverage if rule == "coverage" else run.votes(rule, ks, seed)
     seconds = run.seconds + run.scoring_seconds if with_scoring and rule in SCORED else run.seconds
-    return Curve(run.name, ks, seconds[ks - 1], values, values.mean(0).round(9))
+    return Curve(run.name, ks, seconds[ks - 1], values, values.mean(0).round(9))  # rounded, so that equal is equal
 
 
 def standings(curves, moment):
@@ -473,18 +474,19 @@ def standings(curves, moment):
 
 def front_at(curves, budgets, seed):
     """Rows of `front`: at each budget the model on the front, its value, and its lead over the next best in points, paired
-    over problems. The interval does not account for our having picked the first and the next."""
+    over problems. The interval does not account for our having picked the two."""
     found = []
     for budget in budgets:
-        (best, at), *others = standings(curves, budget) or [(None, None)]
-        if best:
-            row = dict(seconds=budget, model=best.name, k=int(best.ks[at]), value=float(best.mean[at]),
-                       next=None, lead=None, lead_low=None, lead_high=None)
-            for second, column in others[:1]:
-                difference = 100 * (best.values[:, [at]] - second.values[:, [column]])
-                row["next"] = second.name
-                row["lead"], row["lead_low"], row["lead_high"] = mean_low_high(difference, seed)[:, 0].tolist()
-            found.append(row)
+        if budget < min(c.seconds[0] for c in curves):
+            continue
+        (best, at), *others = standings(curves, budget)
+        row = dict(seconds=budget, model=best.name, k=int(best.ks[at]), value=float(best.mean[at]))
+        row |= dict.fromkeys(("next", "lead", "lead_low", "lead_high"))
+        if others:
+            second, column = others[0]
+            lead = mean_low_high(100 * (best.values[:, [at]] - second.values[:, [column]]), seed)[:, 0].tolist()
+            row |= zip(("next", "lead", "lead_low", "lead_high"), (second.name, *lead))
+        found.append(row)
     return found
 
 
@@ -501,8 +503,7 @@ def front_steps(curves):
 
 def budgets_between(first, last):
     """first, then those of 1, 2, 5, 10, 20, ... that lie between, then last."""
-    exponents = range(math.floor(math.log10(max(first, 1e-3))), math.ceil(math.log10(max(last, 1e-3))) + 1)
-    series = [float(f"{digit}e{exponent}") for exponent in exponents for digit in (1, 2, 5)]
+    series = [float(f"{digit}e{exponent}") for exponent in range(-3, 9) for digit in (1, 2, 5)]
     return sorted({first, last} | {budget for budget in series if first < budget < last})
 
 
@@ -586,7 +587,7 @@ def selection_table(models):
     lines = []
     for name, m in models.items():
         seconds = [m["seconds"], m["scoring_seconds"] or [None] * len(m["k"]), m["seconds_scored"] or m["seconds"]]
-        for i in sorted({len(m["k"]) - 1 - back for back in (0, 2, 4) if back < len(m["k"])}):
+        for i in reversed(range(len(m["k"]))[::-2][:3]):
             at = {key: m[key][i] for rule in RULES for key in (rule, rule + "_low", rule + "_high")}
             lines.append([name, text(m["coverage"][0], ".1%"), str(m["k"][i])]
                          + [with_interval(at, rule, ".1%") for rule in ("majority", *SCORED)]
@@ -595,13 +596,23 @@ def selection_table(models):
 
 
 def gain_line(name, m):
-    """At which k is the weighted vote ahead of the majority? In one line; its interval does not account for our having
-    picked the best k. A vote of one is no choice."""
-    ahead, clear = (", ".join(str(k) for k, points in zip(m["k"], m[key]) if points > 1e-9) or "none" for key in ("gain", "gain_low"))
-    best = max(range(len(m["k"])), key=lambda i: (m["k"][i] > 1, m["gain"][i]))
+    """At which k is the weighted vote ahead of the majority? The interval does not account for our having picked the best."""
+    ahead, clear = (", ".join(str(k) for k, points in zip(m["k"], m[key]) if points > 1e-9) or "none"
+                    for key in ("gain", "gain_low"))
+    best = max(range(len(m["k"])), key=lambda i: (m["k"][i] > 1, m["gain"][i]))  # a vote of one is no choice
     at_best = {key: m[key][best] for key in ("gain", "gain_low", "gain_high")}
     return (f"{name}: the weighted vote is ahead of the majority at k = {ahead} (interval above 0: {clear}), at best by "
             f"{with_interval(at_best, 'gain')} points at k = {m['k'][best]}.")
+
+
+def selection_report(models):
+    if not models:
+        return []
+    untimed = ", ".join(name for name, m in models.items() if m["scoring_seconds"] is None)
+    unknown = f" How long scoring took is unknown for {untimed} and not counted." if untimed else ""
+    scorers = "; ".join(dict.fromkeys(m["scorer"] for m in models.values()))
+    return [f"Choosing one of k answers by scores ({scorers}).{unknown}", selection_table(models),
+            "\n".join(f"- {gain_line(name, m)}" for name, m in models.items())]
 
 
 def stretches(steps):
@@ -634,6 +645,14 @@ def front_table(front):
     return table(["seconds", names[0], "its lead, points", *names[1:]], lines)
 
 
+def front_report(front, steps, with_scoring):
+    if not front:
+        return []
+    note = f" Best of n and weighted {'with' if with_scoring else 'without'} the time of scoring."
+    return ["The front: who has most at each time budget, as model@k." + (note if "weighted" in front else ""),
+            "\n".join(f"- {front_line(rule, found)}" for rule, found in steps.items()), front_table(front)]
+
+
 def report(results):
     """The results as Markdown: a table of the models; a line and a table per student; choosing by scores; the front."""
     models = results["models"]
@@ -646,20 +665,8 @@ def report(results):
         parts.append("Below, what each has when its teacher completes 1, 2, 4, ... samples of every problem, and how many "
                      "times as fast the student is to the coverage that its teacher has then (-: never).")
     parts += [budget_table(models[name]["teacher"], name, models[name]["ahead"]) for name in students]
-    scored = {name: m for name, m in models.items() if "weighted" in m}
-    if scored:
-        scorers = dict.fromkeys(m["scorer"] for m in scored.values())
-        untimed = [name for name, m in scored.items() if m["scoring_seconds"] is None]
-        parts += [f"Choosing one of k answers by scores ({'; '.join(scorers)}):"
-                  + (f" How long scoring took is unknown for {', '.join(untimed)} and not counted." if untimed else ""), selection_table(scored),
-                  "\n".join(f"- {gain_line(name, m)}" for name, m in scored.items())]
-    if results["front"]:
-        counted = "with the time of scoring" if results["front_with_scoring"] else "without the time of scoring, which is unknown"
-        parts += ["The front: who has most at each time budget, as model@k" + (f"; best of n and weighted {counted}"
-                  if "weighted" in results["front"] else "") + ".",
-                  "\n".join(f"- {front_line(rule, steps)}" for rule, steps in results["front_steps"].items()),
-                  front_table(results["front"])]
-    return "\n\n".join(parts)
+    parts += selection_report({name: m for name, m in models.items() if "weighted" in m})
+    return "\n\n".join(parts + front_report(results["front"], results["front_steps"], results["front_with_scoring"]))
 
 
 # ------------------------------------------------------------------------------------------------ the script

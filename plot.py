@@ -227,9 +227,10 @@ def draw_front(results):
         seconds = {name: m["seconds_scored" if scored else "seconds"] for name, m in models.items()}
         end = max(moments[-1] for moments in seconds.values())
         for name, start, stop in stretches(steps):
-            held = [(at, 100 * value) for at, _, _, value in steps if start <= at <= (stop or end)]  # with its successor's first
-            ax.plot(*zip(*held, *([] if stop else [(end, held[-1][1])])), color=colour[name], linewidth=9, alpha=0.3,
-                    drawstyle="steps-post", solid_capstyle="butt", solid_joinstyle="miter", zorder=1)
+            held = [(at, 100 * value) for at, _, _, value in steps if start <= at <= (stop or end)]  # to the next one's first
+            held += [] if stop else [(end, held[-1][1])]
+            ax.plot(*zip(*held), color=colour[name], linewidth=9, alpha=0.3, drawstyle="steps-post", solid_capstyle="butt",
+                    solid_joinstyle="miter", zorder=1)
         for name, m in models.items():
             percent = [100 * value for value in m[kind]]
             ax.plot(seconds[name], percent, **look(name, colour[name]) | dict(linewidth=1.3, markersize=5))
