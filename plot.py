@@ -276,7 +276,7 @@ def draw_selection(models):
         below.set_xlabel("seconds, scoring included" if m["seconds_scored"] else "seconds without scoring")
     for name in list(models)[columns - 1::columns]:  # the last column
         for ax in panels[name]:
-            label_ends(ax, {RULES[rule]: (100 * models[name][rule][-1], colour) for rule, colour in RULE_COLOURS.items()}, gap=0.1)
+            label_ends(ax, {RULES[rule]: (100 * models[name][rule][-1], colour) for rule, colour in RULE_COLOURS.items()}, 0.1)
     for ax in axes[:, 0]:
         ax.yaxis.set_major_formatter("{x:.0f}%")
         ax.set_ylabel("right choice")
