@@ -511,9 +511,9 @@ def fronts(runs, seed):
     """`front` and `front_steps` of results.json, {rule: [...]}; with scores in all models also of the rules that need them,
     with the time that scoring took if all know it."""
     peers = [run for run in runs if asked(run) == asked(runs[0])]
-    for run in runs:
-        if run not in peers:
-            print(f"{run.name} was sampled on other problems than {runs[0].name}: left out of the front")
+    if len(peers) < len(runs):
+        others = ", ".join(run.name for run in runs if run not in peers)
+        print(f"left out of the front, since sampled on other problems than {runs[0].name}: {others}")
     if len(peers) < 2:
         return dict(front={}, front_steps={}, front_models=[], front_with_scoring=False)
     without = [run.name for run in peers if run.scores is None]
@@ -597,12 +597,11 @@ def selection_table(models):
 
 def gain_line(name, m):
     """At which k is the weighted vote ahead of the majority? The interval does not account for our having picked the best."""
-    ahead, clear = (", ".join(str(k) for k, points in zip(m["k"], m[key]) if points > 1e-9) or "none"
-                    for key in ("gain", "gain_low"))
+    ahead, clear = (", ".join(str(k) for k, points in zip(m["k"], m[key]) if points > 1e-9) for key in ("gain", "gain_low"))
     best = max(range(len(m["k"])), key=lambda i: (m["k"][i] > 1, m["gain"][i]))  # a vote of one is no choice
     at_best = {key: m[key][best] for key in ("gain", "gain_low", "gain_high")}
-    return (f"{name}: the weighted vote is ahead of the majority at k = {ahead} (interval above 0: {clear}), at best by "
-            f"{with_interval(at_best, 'gain')} points at k = {m['k'][best]}.")
+    return (f"{name}: the weighted vote is ahead of the majority at {f'k = {ahead}' if ahead else 'no k'} (interval above 0: "
+            f"{clear or 'none'}), at best by {with_interval(at_best, 'gain')} points at k = {m['k'][best]}.")
 
 
 def selection_report(models):

@@ -392,8 +392,8 @@ def test_scores_may_lie_in_another_file_and_say_where_they_come_from(tmp_path, c
 
 @pytest.mark.parametrize("right, wrong, said", [  # scores
     (0.9, 0.1, "at k = 2, 4, 5 (interval above 0: 2, 4, 5), at best by +100.0 [+100.0, +100.0] points at k = 5."),
-    (0.5, 0.5, "at k = none (interval above 0: none), at best by +0.0 [+0.0, +0.0] points at k = 2."),
-    (0.1, 0.9, "at k = none (interval above 0: none), at best by +0.0 [+0.0, +0.0] points at k = 5."),
+    (0.5, 0.5, "at no k (interval above 0: none), at best by +0.0 [+0.0, +0.0] points at k = 2."),
+    (0.1, 0.9, "at no k (interval above 0: none), at best by +0.0 [+0.0, +0.0] points at k = 5."),
 ])
 def test_the_report_says_at_which_k_weighting_beats_the_majority(right, wrong, said, tmp_path, capsys):
     """Two of five samples are right, so a full majority is wrong: 100 points to win with scores that know, nothing with
@@ -417,16 +417,16 @@ def crc_of(text):
 @pytest.mark.parametrize("change, said", [
     (lambda lines: lines[:3], r"lacks some of the samples: 3 of 6 have no score, the first is problem 1, sample 0; run python "
                               r"sample.py --score MODEL"),
-    (lambda lines: lines[:5] + [lines[5][:-9]], "lacks some of the samples: 1 of 6 have no score, the first is problem 1, sample 2"),
-    (lambda lines: lines + [json.dumps(SCORES_LINE | {"problem": 2})], r"scores of other samples \(problem 2, sample 1 is not in"),
-    (lambda lines: lines + [json.dumps(SCORES_LINE | {"sample": 3})], r"scores of other samples \(problem 0, sample 3 is not in"),
+    (lambda lines: lines[:5] + [lines[5][:-9]], "1 of 6 have no score, the first is problem 1, sample 2"),  # a torn line
+    (lambda lines: lines + [json.dumps(SCORES_LINE | {"problem": 2})], r"of other samples \(problem 2, sample 1 is not in"),
+    (lambda lines: lines + [json.dumps(SCORES_LINE | {"sample": 3})], r"of other samples \(problem 0, sample 3 is not in"),
     (lambda lines: lines + [json.dumps(SCORES_LINE | {"crc": crc_of("another text")})],
      r"scores of other samples \(problem 0, sample 1 has another text in samples.jsonl\)"),
     (lambda lines: lines + [json.dumps(SCORES_LINE | {"score": 0.25})], "problem 0, sample 1 has two scores, 0.5 and 0.25"),
     (lambda lines: ['{"problem": 0, "sample": 0, "score": NaN}'] + lines[1:], "the score of problem 0, sample 0 is nan"),
     (lambda lines: ['{"problem": 0, "sample": 0, "score": -Infinity}'] + lines[1:], "the score of problem 0, sample 0 is -inf"),
     (lambda lines: ['{"problem": 0, "sample": 0, "score": 1, "seconds": "x"}'] + lines[1:], "the seconds of .* is x"),
-    (lambda lines: ['{"problem": 0, "sample": 0}'] + lines[1:], "scores.jsonl, line 1 is not an object with problem, sample, score"),
+    (lambda lines: ['{"problem": 0, "sample": 0}'] + lines[1:], "line 1 is not an object with problem, sample, score"),
 ])
 def test_scores_that_do_not_fit_are_an_error_if_asked_for_and_a_note_if_not(change, said, tmp_path, capsys):
     """Scores of other samples would give numbers that look like any others. Nothing is overwritten."""
@@ -530,7 +530,8 @@ def test_two_sizes_each_student_is_compared_with_its_own_teacher(tmp_path, capsy
     results = run_main(tmp_path)
     assert list(results["models"]) == SIX + ["another"] and results["teacher"] == "teacher"
     assert {name: m["teacher"] for name, m in results["models"].items() if "ahead" in m} == {
-        "pure": "teacher", "hybrid": "teacher", "pure-small": "teacher-small", "hybrid-small": "teacher-small", "another": "teacher"}
+        "pure": "teacher", "hybrid": "teacher", "another": "teacher",
+        "pure-small": "teacher-small", "hybrid-small": "teacher-small"}
     assert "**pure-small is ahead of teacher-small at no time budget" in capsys.readouterr().out  # as good, faster
     results = run_main(tmp_path, "--teacher", "pure")
     assert {m["teacher"] for name, m in results["models"].items() if name != "pure"} == {"pure"} == {results["teacher"]}
@@ -617,7 +618,7 @@ def test_models_on_other_problems_are_not_on_the_front(tmp_path, capsys):
     for name, golds in (("teacher", ["1", "2"]), ("pure", ["1", "2"]), ("hybrid", ["1", "3"])):
         write_run(tmp_path, name, [["1"], ["2"]], golds)
     assert run_main(tmp_path)["front_models"] == ["teacher", "pure"]
-    assert "hybrid was sampled on other problems than teacher: left out of the front" in capsys.readouterr().out
+    assert "left out of the front, since sampled on other problems than teacher: hybrid\n" in capsys.readouterr().out
     assert run_main(tmp_path, "--model", "teacher", "hybrid")["front"] == {}
     assert run_main(tmp_path, "--model", "teacher")["front"] == {}
 
