@@ -164,6 +164,15 @@ def test_the_front_is_drawn_as_the_staircase_of_results_json_behind_all_curves(s
     plot.plt.close(figure)
 
 
+def test_a_front_whose_model_has_drawn_all_its_samples_goes_on_to_the_end(tmp_path):
+    results = make_out(tmp_path, ["pure", "sft"], 4, 20)
+    assert [(name, end) for name, _, end in grade.stretches(results["front_steps"]["coverage"])] == [("pure", None)]
+    figure = plot.draw_front(results)
+    band, = [line for line in figure.axes[0].lines if line.get_drawstyle() == "steps-post"]
+    assert band.get_xdata()[-2:].tolist() == [4.0, 6.0]  # pure's last round and sft's
+    plot.plt.close(figure)
+
+
 def test_without_scores_the_fronts_accuracy_is_that_of_the_majority(three):
     figure = plot.draw_front(three[1])
     assert [ax.get_ylabel() for ax in figure.axes] == ["problems with a right answer", "problems with a right majority"]
