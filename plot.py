@@ -257,7 +257,8 @@ def draw_selection(models):
     columns = min(len(models), 3)
     rows = 2 * math.ceil(len(models) / columns)
     fig, axes = plt.subplots(rows, columns, figsize=(max(3.7 * columns, 7), 0.7 + 2.6 * rows), sharey=True, squeeze=False)
-    fig.suptitle(selection_title(models), x=0.01, ha="left", fontsize=13.5, fontweight="bold", color=INK)
+    fig.suptitle(textwrap.fill(selection_title(models), int(8.5 * fig.get_figwidth())), x=0.01, ha="left", fontsize=13.5,
+                 fontweight="bold", color=INK)
     clocks = {name: m["seconds_scored"] or m["seconds"] for name, m in models.items()}
     start, end = min(m["seconds"][0] for m in models.values()), max(clock[-1] for clock in clocks.values())
     for ax in axes.flat:
@@ -306,7 +307,7 @@ def draw_training(logs, colour):
         ax.set_xlim(0, None)
         ax.set_title(STAGES.get(stage, stage))
         ax.set_xlabel("million tokens")
-        ax.legend(frameon=False, fontsize=11, labelcolor="linecolor", handlelength=1.2)
+        ax.legend(frameon=False, fontsize=11, labelcolor="linecolor", handlelength=1.9)
     axes[0, 0].set_ylabel("loss")
     return fig
 

@@ -44,7 +44,7 @@ def make_out(out, names, num_samples=8, num_problems=40, ability=1.0, scored=Fal
                                                          "dtype": "float32", "params": 123456, "date": "2026-11-21"}))
         tokens = 0
         with open(folder / "metrics.jsonl", "w") as file:
-            for stage in ["pretrain"] if name == "teacher" else ["matrices", "a stage of my own", "kl"]:
+            for stage in ["pretrain"] if name.startswith("teacher") else ["matrices", "a stage of my own", "kl"]:
                 for step in range(1, 30):
                     tokens += 1000
                     file.write(json.dumps({"stage": stage, "step": step, "tokens": tokens, "loss": 3 / step}) + "\n")
