@@ -2,16 +2,20 @@ r"""Grade the sampled answers: how many problems does each model solve, with how
 
     python grade.py                       every model under out/ that has samples
     python grade.py --model teacher pure  only these
+    python grade.py --scores              every model must have a reward model's scores (sample.py --score)
 
 Reads   out/<name>/samples.jsonl and samples.json, as sample.py writes them
-        out/<name>/scores.jsonl, where there is one: {"problem", "sample", "score"} per completion, from a reward model
+        out/<name>/scores.jsonl, where there is one: {"problem", "sample", "score"} per completion, from a reward model;
+        if sample.py wrote it also "seconds", since scoring began, and "crc" of the text that was scored
 Writes  out/results.json, for plot.py; the same is printed as tables
 
-*Coverage* at k is the share of problems of which at least one of k samples is right (pass@k); *majority* at k is the
-share whose most frequent answer among k samples is right.
+*Coverage* at k is the share of problems of which at least one of k samples is right (pass@k). The share for which the one
+answer chosen from k samples is right: *majority* takes the most frequent answer, *best of n* the one with the highest
+score, *weighted* the one with the largest sum of scores. The *front* is the best model at each time budget.
 
-Contents: one completion, math-verify, one problem, k of n samples, one model, two models, the report, the script.
+Contents: one completion, math-verify, one problem, k of n samples, one model, two models, the front, the report, the script.
 """
+import collections
 import contextlib
 import functools
 import itertools
@@ -23,6 +27,7 @@ import signal
 import subprocess
 import sys
 import threading
+import zlib
 
 import numpy as np
 from tqdm import tqdm
@@ -31,12 +36,14 @@ from data import Parser, read_json, run, write_json
 
 SAMPLE = dict(problem=int, sample=int, question=str, gold=str, completion=str, num_tokens=int, finish=str,
               seconds=(int, float))  # a line of samples.jsonl
-SCORE = dict(problem=int, sample=int, score=(int, float))  # a line of scores.jsonl
+SCORE = dict(problem=int, sample=int, score=(int, float))  # a line of scores.jsonl; of ours also seconds, crc
 LONGEST = 300  # characters; longer answers are compared as strings only
 CHECK_SECONDS, CHECK_BYTES = 2, 4 << 30  # limits of one comparison by math-verify
 NUM_SUBSETS = 200  # random subsets of a problem's samples, to average a vote over
 NUM_RESAMPLES = 1000  # of the bootstrap
-ORDER = ("teacher", "pure", "hybrid")  # in tables and figures; other models follow by name
+ORDER = ("teacher", "pure", "hybrid", "teacher-small", "pure-small", "hybrid-small")  # in tables and figures; then by name
+SCORED = ("best_of_n", "weighted")  # rules that need scores
+RULES = {"coverage": "coverage", "majority": "majority", "best_of_n": "best of n", "weighted": "weighted"}  # as we print them
 
 
 # ------------------------------------------------------------------------------------------------ one completion
@@ -198,9 +205,9 @@ def vote_accuracy(codes, right, weights, subsets):
 
     codes (n,): which answer a sample gave, numbered from 0, or -1 for none; right (n,) bool; weights (n,).
     """
-    rows, given = np.arange(len(subsets))[:, None], codes[subsets]  # (S, 1), (S, k)
-    totals = np.zeros((len(subsets), codes.max() + 2))  # per subset and answer; the last column is "no answer"
-    np.add.at(totals, (rows, given), weights[subsets])
+    count, width = len(subsets), codes.max() + 2  # subsets; answers, the last one being "no answer"
+    rows, given = np.arange(count)[:, None], codes[subsets] % width  # (S, 1), (S, k)
+    totals = np.bincount((rows * width + given).ravel(), weights[subsets].ravel(), count * width).reshape(count, width)
     totals[:, -1] = -np.inf
     winner = totals[rows, given].argmax(1, keepdims=True)  # the first sample that gave an answer with the most votes
     return right[subsets[rows, winner]].mean()
@@ -235,29 +242,77 @@ def read_records(path, fields):
     return records
 
 
-class Run:
-    """One model's samples, graded: P problems with n samples each."""
+def is_finite(number):
+    return isinstance(number, (int, float)) and abs(number) <= sys.float_info.max
 
-    def __init__(self, folder):
+
+def add_scores(path, problems):
+    """Give samples, {problem: {sample: record}}, their `score`, and `scored`, its moment since scoring began, if it is told."""
+    if not os.path.exists(path):
+        raise ValueError(f"no {path}: run python sample.py --score MODEL")
+    for r in read_records(path, SCORE):
+        which = f"problem {r['problem']}, sample {r['sample']}"
+        sample = problems.get(r["problem"], {}).get(r["sample"])
+        if sample is None or r.get("crc", crc(sample)) != crc(sample):
+            wrong = "is not in samples.jsonl" if sample is None else "has another text in samples.jsonl"
+            raise ValueError(f"{path} has scores of other samples ({which} {wrong}): delete it and run "
+                             "python sample.py --score MODEL")
+        for key in ("score", "seconds"):
+            if not is_finite(r.get(key, 0)):
+                raise ValueError(f"{path}: the {key} of {which} is {r[key]}, which is no finite number")
+        if sample.setdefault("score", r["score"]) != r["score"]:
+            raise ValueError(f"{path}: {which} has two scores, {sample['score']} and {r['score']}: delete the wrong one")
+        sample.setdefault("scored", r.get("seconds"))
+
+
+def crc(sample):
+    """Eight hex digits that tell to which text a score belongs."""
+    return f"{zlib.crc32(sample['completion'].encode('utf-8', 'surrogatepass')):08x}"
+
+
+class Run:
+    """One model's samples, graded: P problems with n samples each.
+
+    With `scores`, the name of a file in the folder, scores must be complete; without, scores.jsonl counts if it is.
+    """
+
+    def __init__(self, folder, scores=None):
         path = functools.partial(os.path.join, folder)
         self.name, problems = os.path.basename(folder), {}
         for r in read_records(path("samples.jsonl"), SAMPLE):
             problems.setdefault(r["problem"], {})[r["sample"]] = r
         if not problems:
             raise ValueError(f"{path('samples.jsonl')} is empty: run python sample.py first")
-        for r in read_records(path("scores.jsonl"), SCORE) if os.path.exists(path("scores.jsonl")) else []:
-            problems.get(r["problem"], {}).get(r["sample"], {})["score"] = r["score"]
         n, most = min(map(len, problems.values())), max(map(len, problems.values()))
         if n < most:
             print(f"{self.name}: some problems have only {n} of {most} samples, so {n} of each count; run python sample.py")
         self.sidecar = read_json(path("samples.json")) if os.path.exists(path("samples.json")) else {}
         self.problems = [[samples[s] for s in sorted(samples)[:n]] for _, samples in sorted(problems.items())]  # P x n
-        self.has_scores = all("score" in r for problem in self.problems for r in problem)
-        if os.path.exists(path("scores.jsonl")) and not self.has_scores:
-            print(f"{self.name}: scores.jsonl lacks some of the samples, so it does not count")
         # (n,): seconds[k - 1] is the measured moment at which every problem had k completions
         self.seconds = np.max([sorted(r["seconds"] for r in samples.values())[:n] for samples in problems.values()], axis=0)
+        self.scores = self.scoring_seconds = None
+        if scores or os.path.exists(path("scores.jsonl")):
+            try:
+                self.read_scores(path(scores or "scores.jsonl"), problems)
+            except ValueError as error:
+                if scores:
+                    raise
+                print(f"{error}; until then it does not count")
         self.grade(n)
+
+    def read_scores(self, path, problems):
+        add_scores(path, problems)
+        counted, sidecar = list(itertools.chain(*self.problems)), os.path.splitext(path)[0] + ".json"
+        lacking = [f"problem {r['problem']}, sample {r['sample']}" for r in counted if "score" not in r]
+        if lacking:
+            raise ValueError(f"{path} lacks some of the samples: {len(lacking)} of {len(counted)} have no score, the first is "
+                             f"{lacking[0]}; run python sample.py --score MODEL")
+        settings = read_json(sidecar).get("settings", {}) if os.path.exists(sidecar) else {}
+        self.scorer = ", ".join([os.path.basename(path)] + [f"{key} {settings[key]}" for key in ("model", "kind", "aggregate")
+                                                            if key in settings])
+        self.scores = np.array([[r["score"] for r in problem] for problem in self.problems], float)  # (P, n)
+        if all(r["scored"] is not None for r in counted):  # (n,): when, since scoring began, every problem had k scores
+            self.scoring_seconds = np.max([sorted(r["scored"] for r in problem) for problem in self.problems], axis=0)
 
     def grade(self, n):
         self.answers = []  # P lists of n normalised answers or None
@@ -276,8 +331,8 @@ class Run:
     def votes(self, rule, ks, seed):
         """Chance that the vote among k of a problem's samples is right, for each k: (P, len(ks))."""
         codes, weights = self.codes, np.ones(self.codes.shape)
-        if rule != "majority":
-            weights = np.array([[r["score"] for r in problem] for problem in self.problems], float)
+        if rule in SCORED:
+            weights = self.scores
         if rule == "best_of_n":  # a weighted vote in which every answer stands for itself
             codes = np.where(codes < 0, -1, np.arange(codes.shape[1]))
         subsets = [subsets_of(codes.shape[1], k, seed) for k in ks]
@@ -302,8 +357,13 @@ def summarise(run, seed):
         answered=float((run.codes >= 0).mean()), finished=float(np.mean([r["finish"] == "stop" for r in records])),
         luck=luck(run), k=ks.tolist(), seconds=run.seconds[ks - 1].tolist())
     curves = {"coverage": run.coverage[:, ks - 1]}
-    for rule in ("majority", "best_of_n", "weighted") if run.has_scores else ("majority",):
+    for rule in ("majority", *SCORED) if run.scores is not None else ("majority",):
         curves[rule] = run.votes(rule, ks, seed)
+    if run.scores is not None:
+        timed = run.scoring_seconds is not None
+        entry |= dict(scorer=run.scorer, scoring_seconds=run.scoring_seconds[ks - 1].tolist() if timed else None,
+                      seconds_scored=(run.seconds + run.scoring_seconds)[ks - 1].tolist() if timed else None)
+        curves["gain"] = 100 * (curves["weighted"] - curves["majority"])  # points, paired over problems
     for name, values in curves.items():
         for suffix, numbers in zip(("", "_low", "_high"), mean_low_high(values, seed)):
             entry[name + suffix] = numbers.tolist()
@@ -311,10 +371,19 @@ def summarise(run, seed):
 
 
 # ------------------------------------------------------------------------------------------------ two models
+def teacher_of(name, names):
+    """A student's teacher is that of its size, teacher-small for pure-small; if there is none, teacher."""
+    sizes = [other for other in names if other.startswith("teacher-") and name.endswith(other.removeprefix("teacher"))]
+    return max(sizes, key=len, default="teacher")
+
+
+def asked(run):
+    return [(problem[0]["question"], problem[0]["gold"]) for problem in run.problems]
+
+
 def are_comparable(teacher, student):
     """Same problems? Says so if not. Other settings that differ are named: they may explain a difference in time."""
-    asked = [[(problem[0]["question"], problem[0]["gold"]) for problem in r.problems] for r in (teacher, student)]
-    if asked[0] != asked[1]:
+    if asked(teacher) != asked(student):
         print(f"{student.name} and {teacher.name} were sampled on different problems: not compared")
         return False
     theirs, ours = (r.sidecar.get("settings", {}) for r in (teacher, student))
@@ -375,6 +444,91 @@ def ahead(teacher, student, seed):
     return entry
 
 
+# ------------------------------------------------------------------------------------------------ the front
+# At a time budget a model counts with the rounds it has completed by then, and stays where it is after its last one. Whoever
+# has the highest value then is on the front. Votes can get worse with more samples; a model has the k that it has.
+Curve = collections.namedtuple("Curve", "name ks seconds values mean")  # (K,), (K,), (P, K), (K,)
+
+
+def curve(run, rule, with_scoring, seed):
+    """Values after each round: coverage at every k; votes too, but of more than 64 samples at 32 even steps and the powers
+    of two only, since they take their time (0.9 s per model for 72 problems x 64 samples)."""
+    n = len(run.seconds)
+    few = n <= 64 or rule == "coverage"
+    ks = np.arange(1, n + 1) if few else np.union1d(powers_of_two(n), np.linspace(1, n, 32).astype(int))
+    values = run.coverage if rule == "coverage" else run.votes(rule, ks, seed)
+    seconds = run.seconds + run.scoring_seconds if with_scoring and rule in SCORED else run.seconds
+    return Curve(run.name, ks, seconds[ks - 1], values, values.mean(0).round(9))  # rounded, so that equal is equal
+
+
+def standings(curves, moment):
+    """The models with a complete round at this moment, the best first: [(curve, column)]. Ties go to who was there first."""
+    places = []
+    for c in curves:
+        at = np.searchsorted(c.seconds, moment, side="right") - 1
+        if at >= 0:
+            since = c.seconds[(c.mean[:at + 1] >= c.mean[at]).argmax()]
+            places.append((-c.mean[at], since, len(places), c, at))
+    return [place[3:] for place in sorted(places)]
+
+
+def front_at(curves, budgets, seed):
+    """Rows of `front`: at each budget the model on the front, its value, and its lead over the next best in points, paired
+    over problems. The interval does not account for our having picked the two."""
+    found = []
+    for budget in budgets:
+        if budget < min(c.seconds[0] for c in curves):
+            continue
+        (best, at), *others = standings(curves, budget)
+        row = dict(seconds=budget, model=best.name, k=int(best.ks[at]), value=float(best.mean[at]))
+        row |= dict.fromkeys(("next", "lead", "lead_low", "lead_high"))
+        if others:
+            second, column = others[0]
+            lead = mean_low_high(100 * (best.values[:, [at]] - second.values[:, [column]]), seed)[:, 0].tolist()
+            row |= zip(("next", "lead", "lead_low", "lead_high"), (second.name, *lead))
+        found.append(row)
+    return found
+
+
+def front_steps(curves):
+    """The front as a staircase: [seconds, model, k, value] of every moment at which it changes."""
+    steps = []
+    for moment in np.unique(np.concatenate([c.seconds for c in curves])).tolist():
+        best, at = standings(curves, moment)[0]
+        step = [best.name, int(best.ks[at]), float(best.mean[at])]
+        if not steps or steps[-1][1:] != step:
+            steps.append([moment, *step])
+    return steps
+
+
+def budgets_between(first, last):
+    """first, then those of 1, 2, 5, 10, 20, ... that lie between, then last."""
+    series = [float(f"{digit}e{exponent}") for exponent in range(-3, 9) for digit in (1, 2, 5)]
+    return sorted({first, last} | {budget for budget in series if first < budget < last})
+
+
+def fronts(runs, seed):
+    """`front` and `front_steps` of results.json, {rule: [...]}; with scores in all models also of the rules that need them,
+    with the time that scoring took if all know it."""
+    peers = [run for run in runs if asked(run) == asked(runs[0])]
+    if len(peers) < len(runs):
+        others = ", ".join(run.name for run in runs if run not in peers)
+        print(f"left out of the front, since sampled on other problems than {runs[0].name}: {others}")
+    if len(peers) < 2:
+        return dict(front={}, front_steps={}, front_models=[], front_with_scoring=False)
+    without = [run.name for run in peers if run.scores is None]
+    if 0 < len(without) < len(peers):
+        print(f"no scores of {', '.join(without)}: the front is that of coverage and majority")
+    with_scoring = not without and all(run.scoring_seconds is not None for run in peers)
+    bar = tqdm(RULES if not without else ("coverage", "majority"), desc="front", unit="rule", leave=False, disable=None)
+    curves = {rule: [curve(run, rule, with_scoring, seed) for run in peers] for rule in bar}
+    moments = np.concatenate([c.seconds for found in curves.values() for c in found])
+    budgets = budgets_between(float(moments.min()), float(moments.max()))
+    return dict(front={rule: front_at(found, budgets, seed) for rule, found in curves.items()},
+                front_steps={rule: front_steps(found) for rule, found in curves.items()},
+                front_models=[run.name for run in peers], front_with_scoring=with_scoring)
+
+
 # ------------------------------------------------------------------------------------------------ the report
 # Markdown, padded so that it reads well in a terminal too. plot.py writes the same to results.md.
 def table(header, rows):
@@ -428,18 +582,90 @@ def verdict(teacher, name, entry):
             f"{entry['best_lead_seconds']:.1f} s; it {speed}.")
 
 
+def selection_table(models):
+    """What each rule has at n samples and at some fewer, and what they took."""
+    lines = []
+    for name, m in models.items():
+        seconds = [m["seconds"], m["scoring_seconds"] or [None] * len(m["k"]), m["seconds_scored"] or m["seconds"]]
+        for i in reversed(range(len(m["k"]))[::-2][:3]):
+            at = {key: m[key][i] for rule in RULES for key in (rule, rule + "_low", rule + "_high")}
+            lines.append([name, text(m["coverage"][0], ".1%"), str(m["k"][i])]
+                         + [with_interval(at, rule, ".1%") for rule in ("majority", *SCORED)]
+                         + [text(column[i]) for column in seconds])
+    return table(["model", "pass@1", "k", "majority", "best of k", "weighted", "sampling, s", "scoring, s", "sum, s"], lines)
+
+
+def gain_line(name, m):
+    """At which k is the weighted vote ahead of the majority? The interval does not account for our having picked the best."""
+    ahead, clear = (", ".join(str(k) for k, points in zip(m["k"], m[key]) if points > 1e-9) for key in ("gain", "gain_low"))
+    best = max(range(len(m["k"])), key=lambda i: (m["k"][i] > 1, m["gain"][i]))  # a vote of one is no choice
+    at_best = {key: m[key][best] for key in ("gain", "gain_low", "gain_high")}
+    return (f"{name}: the weighted vote is ahead of the majority at {f'k = {ahead}' if ahead else 'no k'} (interval above 0: "
+            f"{clear or 'none'}), at best by {with_interval(at_best, 'gain')} points at k = {m['k'][best]}.")
+
+
+def selection_report(models):
+    if not models:
+        return []
+    untimed = ", ".join(name for name, m in models.items() if m["scoring_seconds"] is None)
+    unknown = f" How long scoring took is unknown for {untimed} and not counted." if untimed else ""
+    scorers = "; ".join(dict.fromkeys(m["scorer"] for m in models.values()))
+    return [f"Choosing one of k answers by scores ({scorers}).{unknown}", selection_table(models),
+            "\n".join(f"- {gain_line(name, m)}" for name, m in models.items())]
+
+
+def stretches(steps):
+    """The models on the front one after the other, [model, start, end]; the last one has no end."""
+    starts = [(name, next(group)[0]) for name, group in itertools.groupby(steps, key=lambda step: step[1])]
+    return [[name, start, end] for (name, start), (_, end) in zip(starts, starts[1:] + [(None, None)])]
+
+
+def front_line(rule, steps):
+    """Who is on the front from when on; stretches shorter than a quarter of their start are put together."""
+    parts = []
+    for is_short, group in itertools.groupby(stretches(steps), key=lambda s: s[2] is not None and s[2] < 1.25 * s[1]):
+        found = [(name, start) for name, start, _ in group]
+        if is_short:
+            found = [(" or ".join(dict.fromkeys(name for name, _ in found)), found[0][1])]
+        parts += [f"{name} from {start:.2f} s" for name, start in found]
+    return f"Front of {RULES[rule]}: {', '.join(parts)} on."
+
+
+def front_table(front):
+    """Per time budget and rule model@k and value; for coverage the lead over the next best too."""
+    found = {rule: {row["seconds"]: row for row in found} for rule, found in front.items()}
+    lines = []
+    for budget, row in found["coverage"].items():
+        cells = [found[rule].get(budget) for rule in found]
+        cells = ["{model}@{k} {value:.1%}".format(**cell) if cell else "-" for cell in cells]
+        lead = f"{with_interval(row, 'lead')} over {row['next']}" if row["next"] else "-"
+        lines.append([f"{budget:.2f}", cells[0], lead, *cells[1:]])
+    names = [RULES[rule] for rule in found]
+    return table(["seconds", names[0], "its lead, points", *names[1:]], lines)
+
+
+def front_report(front, steps, with_scoring):
+    if not front:
+        return []
+    note = f" Best of n and weighted {'with' if with_scoring else 'without'} the time of scoring."
+    return ["The front: who has most at each time budget, as model@k." + (note if "weighted" in front else ""),
+            "\n".join(f"- {front_line(rule, found)}" for rule, found in steps.items()), front_table(front)]
+
+
 def report(results):
-    """The results as Markdown: a table of the models; a line and a table per student."""
-    models, teacher = results["models"], results["teacher"]
+    """The results as Markdown: a table of the models; a line and a table per student; choosing by scores; the front."""
+    models = results["models"]
     made = dict.fromkeys(f"{m['task'] or 'samples'} on {m['device']}, {m['dtype']}, {m['date']}" for m in models.values())
     parts = [model_table(models), f"Sampled: {'; '.join(made)}. In brackets: 95% intervals, by bootstrap over problems. "
              "Luck: the share of problems whose samples hold another problem's answer."]
     students = [name for name in models if "ahead" in models[name]]
-    parts += [f"**{verdict(teacher, name, models[name]['ahead'])}**" for name in students]
+    parts += [f"**{verdict(models[name]['teacher'], name, models[name]['ahead'])}**" for name in students]
     if students:
-        parts.append(f"Below, what each has when {teacher} completes 1, 2, 4, ... samples of every problem, and how many "
-                     f"times as fast the student is to the coverage that {teacher} has then (-: never).")
-    return "\n\n".join(parts + [budget_table(teacher, name, models[name]["ahead"]) for name in students])
+        parts.append("Below, what each has when its teacher completes 1, 2, 4, ... samples of every problem, and how many "
+                     "times as fast the student is to the coverage that its teacher has then (-: never).")
+    parts += [budget_table(models[name]["teacher"], name, models[name]["ahead"]) for name in students]
+    parts += selection_report({name: m for name, m in models.items() if "weighted" in m})
+    return "\n\n".join(parts + front_report(results["front"], results["front_steps"], results["front_with_scoring"]))
 
 
 # ------------------------------------------------------------------------------------------------ the script
@@ -456,7 +682,10 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--out", default="out", help="folder with one folder per model")
     parser.add_argument("--model", nargs="+", metavar="NAME", help="grade only these; default: all that have samples")
-    parser.add_argument("--teacher", metavar="NAME", help="compare the others with this one; default: teacher")
+    parser.add_argument("--teacher", metavar="NAME", help="compare all others with this one; default: each student with "
+                        "the teacher of its size, pure-small with teacher-small, pure with teacher")
+    parser.add_argument("--scores", nargs="?", const="scores.jsonl", metavar="FILE", help="every model must have complete "
+                        "scores in its folder, in scores.jsonl or this file; default: scores.jsonl counts where it is complete")
     parser.add_argument("--seed", type=int, default=0, help="of the random subsets (votes) and the bootstrap")
     return parser.parse_args(argv)
 
@@ -468,15 +697,19 @@ def main(argv=None):
     for name in wanted:
         if name not in names:
             raise ValueError(f"no samples of {name} under {args.out}/: choose from {', '.join(names)}")
-    runs = {name: Run(os.path.join(args.out, name)) for name in names if name in wanted}
-    teacher = runs.get(args.teacher or "teacher")
-    if not teacher:
-        print("no teacher among these models, so none to compare with: name one with --teacher")
-    results = dict(teacher=teacher and teacher.name, seed=args.seed,
+    runs = {name: Run(os.path.join(args.out, name), args.scores) for name in names if name in wanted}
+    base = runs.get(args.teacher or "teacher")
+    results = dict(teacher=base and base.name, seed=args.seed,
                    models={name: summarise(run, args.seed) for name, run in runs.items()})
     for name, student in runs.items():
-        if teacher and student is not teacher and are_comparable(teacher, student):
-            results["models"][name]["ahead"] = ahead(teacher, student, args.seed)
+        if name == args.teacher or not args.teacher and name.split("-")[0] == "teacher":
+            continue
+        teacher = runs.get(args.teacher or teacher_of(name, runs))
+        if not teacher:
+            print(f"no teacher among these models to compare {name} with: name one with --teacher")
+        elif are_comparable(teacher, student):
+            results["models"][name] |= dict(teacher=teacher.name, ahead=ahead(teacher, student, args.seed))
+    results |= fronts(list(runs.values()), args.seed)
     path = os.path.join(args.out, "results.json")
     write_json(path, results)
     print(f"{report(results)}\n\nwrote {path}")

@@ -1,14 +1,15 @@
-"""Draw the results: coverage and majority accuracy against time and against samples, and the training curves.
+"""Draw the results: coverage and accuracy against time and against samples, who is in front when, the training curves.
 
     python plot.py                after python grade.py
 
 Reads   out/results.json (grade.py), out/<name>/metrics.jsonl (distill.py), where there is one
-Writes  out/coverage.png, out/accuracy.png (the majority vote), out/training.png (only if there is a log), out/results.md
+Writes  out/coverage.png, out/accuracy.png (the majority vote), out/front.png (two models or more), out/selection.png
+        (only with scores of a reward model), out/training.png (only if there is a log), out/results.md
 
-A model has the same colour in every figure. What a title says is computed from the results. Points are measured, the
-lines between them guide the eye; bands are 95% intervals.
+A model has the same colour in every figure; the small size of it is dashed, with hollow markers. What a title says is
+computed from the results. Points are measured, the lines between them guide the eye; bands are 95% intervals.
 
-Contents: reading, style, coverage and accuracy, training, the script.
+Contents: reading, style, coverage and accuracy, the front, selection, training, the script.
 """
 import itertools
 import math
@@ -21,16 +22,19 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from data import Parser, read_json, run
-from grade import read_records, report
+from grade import RULES, read_records, report, stretches
 
+INK = "#333333"
 # Okabe and Ito's colours, which remain apart with any colour blindness; the first three have theirs for good
 COLOURS = {"teacher": "#0072B2", "pure": "#D55E00", "hybrid": "#009E73"}
 MORE_COLOURS = ("#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = {"#0072B2": "o", "#D55E00": "s", "#009E73": "^"}  # others: a diamond
+RULE_COLOURS = {"majority": INK, "best_of_n": "#CC79A7", "weighted": "#E69F00"}
+RIGHT = {"coverage": "problems with a right answer", "majority": "problems with a right majority",
+         "weighted": "problems with a right weighted vote"}  # labels of the vertical axes
 METRIC = dict(stage=str, tokens=int, loss=(int, float))  # what we read of a line of metrics.jsonl
 STAGES = {"pretrain": "pre-training", "matrices": "matrix orientation", "hidden": "hidden states",
           "kl": "distillation (KL)", "sft": "fine-tuning"}  # titles of panels; other stages go by their names
-INK = "#333333"
 STYLE = {"font.size": 12, "axes.titlesize": 13.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
          "axes.titlecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
          "axes.edgecolor": "#888888", "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "axes.grid": True,
@@ -65,9 +69,17 @@ def read_metrics(path):
 
 # ------------------------------------------------------------------------------------------------ style
 def colours(names):
-    """{name: colour}, always the same for the default names."""
+    """{name: colour}, always the same for the default names, in either size."""
     more = itertools.cycle(MORE_COLOURS)
-    return {name: COLOURS.get(name) or next(more) for name in names}
+    return {name: COLOURS.get(name.removesuffix("-small")) or next(more) for name in names}
+
+
+def look(name, colour):
+    """How a model's points and the lines between them are drawn."""
+    small = name.endswith("-small")
+    return dict(color=colour, marker=MARKERS.get(colour, "D"), linestyle="--" if small else "-", markersize=6 if small else 6.5,
+                markerfacecolor="white" if small else colour, markeredgecolor=colour if small else "white",
+                markeredgewidth=1.4 if small else 0.8, clip_on=False, zorder=3)
 
 
 def log_axis(axis, low, high):
@@ -89,13 +101,15 @@ def spread(heights, gap, top):
     return placed
 
 
-def label_ends(ax, ends):
-    """Each line's name at the right edge, at the height where the line ends: {name: (height, colour)}."""
+def label_ends(ax, ends, gap=0.055):
+    """Each line's name at the right edge, at the height where the line ends: {name: (height, colour)}, `gap` of the panel's
+    height apart. A thin line leads to a name that had to move."""
     low, high = ax.get_ylim()
-    heights = spread([height for height, _ in ends.values()], 0.055 * (high - low), high)
-    for (name, (_, colour)), at in zip(ends.items(), heights):
-        ax.annotate(name, (1, at), (8, 0), xycoords=("axes fraction", "data"), textcoords="offset points", color=colour,
-                    va="center", fontweight="bold", annotation_clip=False)
+    heights = spread([height for height, _ in ends.values()], gap * (high - low), high)
+    for (name, (height, colour)), at in zip(ends.items(), heights):
+        line = dict(arrowstyle="-", color=colour, linewidth=0.8, shrinkA=2, shrinkB=0, relpos=(0, 0.5))
+        ax.annotate(name, (1.01, height), (1.04, at), xycoords=("axes fraction", "data"), color=colour, va="center",
+                    fontweight="bold", annotation_clip=False, arrowprops=line if abs(at - height) > 0.01 * (high - low) else None)
 
 
 # ------------------------------------------------------------------------------------------------ coverage and accuracy
@@ -103,12 +117,13 @@ def points(number):
     return f"{number:.0f}\N{NO-BREAK SPACE}point{'' if round(number) == 1 else 's'}"
 
 
-def coverage_titles(models, teacher):
+def coverage_titles(models):
     """What the two panels show, in words that follow from the numbers."""
     leads = {name: m["ahead"] for name, m in models.items() if m.get("ahead", {}).get("best_lead") is not None}
     if not leads:
         return "Coverage in the same time", "Coverage with as many samples"
     name = max(leads, key=lambda name: leads[name]["best_lead"])
+    teacher = models[name]["teacher"]
     if leads[name]["best_lead_low"] > 0 and round(leads[name]["best_lead"]) >= 1:
         left = f"In the same time, {name} covers up to {points(leads[name]['best_lead'])} more than {teacher}"
     else:
@@ -129,12 +144,11 @@ def draw_lines(ax, models, colour, x, kind):
     for name, m in models.items():
         mean, low, high = ([100 * value for value in m[kind + suffix]] for suffix in ("", "_low", "_high"))
         ax.fill_between(m[x], low, high, color=colour[name], alpha=0.11, linewidth=0)
-        ax.plot(m[x], mean, color=colour[name], marker=MARKERS.get(colour[name], "D"), markersize=6.5,
-                markeredgecolor="white", markeredgewidth=0.8, clip_on=False, zorder=3)
+        ax.plot(m[x], mean, **look(name, colour[name]))
     ax.yaxis.set_major_formatter("{x:.0f}%")
 
 
-def mark_ahead(ax, models, colour, teacher):
+def mark_ahead(ax, models, colour):
     """A bar along the bottom for the time budgets at which each student covers more than its teacher."""
     students = [name for name in models if models[name].get("ahead", {}).get("budgets")]
     for row, name in enumerate(students):
@@ -142,37 +156,131 @@ def mark_ahead(ax, models, colour, teacher):
             ax.plot([start, end], [0.03 + 0.04 * row] * 2, transform=ax.get_xaxis_transform(), color=colour[name],
                     linewidth=5, alpha=0.8, zorder=1)
     if students:
-        ax.text(0.99, 0.03 + 0.04 * len(students), f"bars: ahead of {teacher}", transform=ax.transAxes, ha="right",
+        teachers = dict.fromkeys(models[name]["teacher"] for name in students)
+        ax.text(0.99, 0.03 + 0.04 * len(students), f"bars: ahead of {' or '.join(teachers)}", transform=ax.transAxes, ha="right",
                 fontsize=11.5, color=INK)
 
 
-def draw_curves(models, teacher, kind):
-    """Two panels: `kind` against seconds (left) and against samples per problem (right)."""
+def time_axis(ax, start, end):
+    ax.set_xscale("log")
+    ax.set_xlim(start / 1.1, max(end, 3 * start))
+    log_axis(ax.xaxis, *ax.get_xlim())
+    ax.set_xlabel("seconds since generation started")
+
+
+def samples_axis(ax):
+    ax.set_xscale("log", base=2)
+    ax.set_xlim(0.9, None)
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.set_xlabel("samples per problem, k")
+
+
+def draw_curves(models, kind):
+    """Two panels: `kind` against seconds (left) and against samples per problem (right), of the full size if there is one."""
     colour = colours(models)
-    titles = coverage_titles(models, teacher) if kind == "coverage" else majority_titles(models)
+    models = {name: m for name, m in models.items() if not name.endswith("-small")} or models
+    titles = coverage_titles(models) if kind == "coverage" else majority_titles(models)
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.9), sharey=True)
     draw_lines(left, models, colour, "seconds", kind)
     draw_lines(right, models, colour, "k", kind)
     start, end = min(m["seconds"][0] for m in models.values()), max(m["seconds"][-1] for m in models.values())
     for name, m in models.items():  # after its last sample a model stays where it is
         left.plot([m["seconds"][-1], end], [100 * m[kind][-1]] * 2, color=colour[name], linestyle=":", linewidth=1.6)
-    left.set_xscale("log")
-    left.set_xlim(start / 1.1, max(end, 3 * start))
-    log_axis(left.xaxis, *left.get_xlim())
-    left.set_xlabel("seconds since generation started")
-    right.set_xscale("log", base=2)
-    right.set_xlim(0.9, None)
-    right.xaxis.set_major_formatter("{x:g}")
-    right.set_xlabel("samples per problem, k")
+    time_axis(left, start, end)
+    samples_axis(right)
     bottom = 10 * math.floor(10 * min(min(m[kind + "_low"]) for m in models.values()))
     top = 10 * math.ceil(10 * max(max(m[kind + "_high"]) for m in models.values()) - 1e-6)
     left.set_ylim(max(0, bottom - 10), max(top, 10))  # leaves room for the bars
-    left.set_ylabel({"coverage": "problems with a right answer", "majority": "problems with a right majority"}[kind])
+    left.set_ylabel(RIGHT[kind])
     for ax, title in zip((left, right), titles):
         ax.set_title(textwrap.fill(title, 40), pad=10)
         label_ends(ax, {name: (100 * m[kind][-1], colour[name]) for name, m in models.items()})
     if kind == "coverage":
-        mark_ahead(left, models, colour, teacher)
+        mark_ahead(left, models, colour)
+    return fig
+
+
+# ------------------------------------------------------------------------------------------------ the front
+def moment(seconds):
+    return f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.1f}"
+
+
+def front_title(kind, steps):
+    """Who is in front longest, by the ratio of times, before the one who is in the end."""
+    *earlier, (last, since, _) = stretches(steps)
+    title = {"coverage": "Coverage", "majority": "Majority vote", "weighted": "Weighted vote"}[kind]
+    if not earlier:
+        return f"{title}: {last} leads at every budget"
+    name, start, end = max(earlier, key=lambda stretch: stretch[2] / stretch[1])
+    return f"{title}: {name} leads from {moment(start)} to {moment(end)} s, {last} from {moment(since)} s on"
+
+
+def draw_front(results):
+    """Two panels against seconds: coverage, and the accuracy of the weighted vote, without scores that of the majority. The
+    front is the broad staircase behind the curves, in the colour of the model that is on it."""
+    models = {name: results["models"][name] for name in results["front_models"]}
+    colour = colours(results["models"])
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4.9))
+    for ax, kind in zip(axes, ("coverage", "weighted" if "weighted" in results["front"] else "majority")):
+        steps = results["front_steps"][kind]
+        scored = kind == "weighted" and results["front_with_scoring"]
+        seconds = {name: m["seconds_scored" if scored else "seconds"] for name, m in models.items()}
+        end = max(moments[-1] for moments in seconds.values())
+        for name, start, stop in stretches(steps):
+            held = [(at, 100 * value) for at, _, _, value in steps if start <= at <= (stop or end)]  # to the next one's first
+            held += [] if stop else [(end, held[-1][1])]
+            ax.plot(*zip(*held), color=colour[name], linewidth=9, alpha=0.3, drawstyle="steps-post", solid_capstyle="butt",
+                    solid_joinstyle="miter", zorder=1)
+        for name, m in models.items():
+            percent = [100 * value for value in m[kind]]
+            ax.plot(seconds[name], percent, **look(name, colour[name]) | dict(linewidth=1.3, markersize=5))
+            ax.plot([seconds[name][-1], end], [percent[-1]] * 2, color=colour[name], linestyle=":", linewidth=1.2)
+        time_axis(ax, min(moments[0] for moments in seconds.values()), end)
+        if scored:
+            ax.set_xlabel("seconds of generation and scoring")
+        ax.yaxis.set_major_formatter("{x:.0f}%")
+        ax.set_ylabel(RIGHT[kind])
+        ax.set_title(textwrap.fill(front_title(kind, steps), 40), pad=10)
+        label_ends(ax, {name: (100 * m[kind][-1], colour[name]) for name, m in models.items()})
+    return fig
+
+
+# ------------------------------------------------------------------------------------------------ selection
+def selection_title(models):
+    gains = sorted(round(m["gain"][-1]) for m in models.values())
+    by = f"{gains[0]:+d}" if gains[0] == gains[-1] else f"{gains[0]:+d} to {gains[-1]:+d}"
+    return f"Votes weighted by scores against plain majority, all samples: {by} points"
+
+
+def draw_selection(models):
+    """Per model two panels, one below the other: three ways to choose one answer against samples and against seconds."""
+    columns = min(len(models), 3)
+    rows = 2 * math.ceil(len(models) / columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(max(3.7 * columns, 7), 0.7 + 2.6 * rows), sharey=True, squeeze=False)
+    fig.suptitle(textwrap.fill(selection_title(models), int(8.5 * fig.get_figwidth())), x=0.01, ha="left", fontsize=13.5,
+                 fontweight="bold", color=INK)
+    clocks = {name: m["seconds_scored"] or m["seconds"] for name, m in models.items()}
+    start, end = min(m["seconds"][0] for m in models.values()), max(clock[-1] for clock in clocks.values())
+    for ax in axes.flat:
+        ax.set_visible(False)
+    panels = {name: axes[i // columns * 2:, i % columns][:2] for i, name in enumerate(models)}
+    for name, m in models.items():
+        for ax, by in zip(panels[name], ("k", "seconds")):
+            ax.set_visible(True)
+            for rule, colour in RULE_COLOURS.items():
+                x = clocks[name] if by == "seconds" and rule != "majority" else m[by]
+                ax.plot(x, [100 * value for value in m[rule]], color=colour, marker="o", markersize=4, linewidth=1.8)
+        above, below = panels[name]
+        above.set_title(name)
+        samples_axis(above)
+        time_axis(below, start, 1.1 * end)
+        below.set_xlabel("seconds, scoring included" if m["seconds_scored"] else "seconds without scoring")
+    for name in list(models)[columns - 1::columns]:  # the last column
+        for ax in panels[name]:
+            label_ends(ax, {RULES[rule]: (100 * models[name][rule][-1], colour) for rule, colour in RULE_COLOURS.items()}, 0.1)
+    for ax in axes[:, 0]:
+        ax.yaxis.set_major_formatter("{x:.0f}%")
+        ax.set_ylabel("right choice")
     return fig
 
 
@@ -190,7 +298,7 @@ def draw_training(logs, colour):
             if stage in log:
                 tokens, losses = zip(*log[stage])
                 ax.plot([count / 1e6 for count in tokens], losses, color=colour[name], label=name,
-                        marker="." if len(losses) < 10 else "")
+                        linestyle=look(name, colour[name])["linestyle"], marker="." if len(losses) < 10 else "")
         ax.set_yscale("log")
         low, high = ax.get_ylim()
         log_axis(ax.yaxis, low, high)
@@ -199,7 +307,7 @@ def draw_training(logs, colour):
         ax.set_xlim(0, None)
         ax.set_title(STAGES.get(stage, stage))
         ax.set_xlabel("million tokens")
-        ax.legend(frameon=False, fontsize=11, labelcolor="linecolor", handlelength=1.2)
+        ax.legend(frameon=False, fontsize=11, labelcolor="linecolor", handlelength=1.9)
     axes[0, 0].set_ylabel("loss")
     return fig
 
@@ -223,12 +331,17 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     results = read_results(args.out)
-    models, teacher = results["models"], results["teacher"]
+    models = results["models"]
+    scored = {name: m for name, m in models.items() if "weighted" in m}
     logs = {name: read_metrics(os.path.join(args.out, name, "metrics.jsonl")) for name in models}
     logs = {name: log for name, log in logs.items() if log}
     with plt.rc_context(STYLE):
-        save(draw_curves(models, teacher, "coverage"), os.path.join(args.out, "coverage.png"), args.dpi)
-        save(draw_curves(models, teacher, "majority"), os.path.join(args.out, "accuracy.png"), args.dpi)
+        save(draw_curves(models, "coverage"), os.path.join(args.out, "coverage.png"), args.dpi)
+        save(draw_curves(models, "majority"), os.path.join(args.out, "accuracy.png"), args.dpi)
+        if results["front"]:
+            save(draw_front(results), os.path.join(args.out, "front.png"), args.dpi)
+        if scored:
+            save(draw_selection(scored), os.path.join(args.out, "selection.png"), args.dpi)
         if logs:
             save(draw_training(logs, colours(models)), os.path.join(args.out, "training.png"), args.dpi)
     path = os.path.join(args.out, "results.md")

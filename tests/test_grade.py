@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,6 +34,19 @@ def write_run(out, name, answers, golds, seconds=None, sidecar=None):
     if sidecar is not None:
         (folder / "samples.json").write_text(json.dumps(sidecar))
     return folder / "samples.jsonl"
+
+
+def write_scores(out, name, scores, seconds=None, crc=False, file="scores.jsonl"):
+    """scores[p][s] beside the samples, there at seconds[p][s] since scoring began."""
+    records = []
+    for r in map(json.loads, (Path(out) / name / "samples.jsonl").read_text().splitlines()):
+        p, s = r["problem"], r["sample"]
+        records.append({"problem": p, "sample": s, "score": scores[p][s]})
+        records[-1] |= {"seconds": seconds[p][s]} if seconds is not None else {}
+        records[-1] |= {"crc": f"{zlib.crc32(r['completion'].encode()):08x}"} if crc else {}
+    path = Path(out) / name / file
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return path
 
 
 def run_main(out, *arguments):
@@ -206,7 +220,7 @@ def test_votes_at_k_agree_with_all_subsets(rule, gold, monkeypatch):
             "best_of_n": grade.best_of_n}[rule]
     ks, n = range(1, len(CASE) + 1), len(CASE)
     run = fake_run(codes=np.array([[0, 1, -1, 0, 2, 1, 0]]), right=np.array([[a == gold for a in CASE]]),
-                   problems=[[{"score": score} for score in SCORES]])
+                   scores=SCORES[None])
     # ties go to the earliest in the order in which samples were drawn, so each subset counts in random orders
     rng, expected = np.random.default_rng(1), []
     for k in ks:
@@ -351,6 +365,105 @@ def test_scores_add_best_of_n_and_weighted_if_they_are_complete(tmp_path, capsys
     assert "scores.jsonl lacks some of the samples" in capsys.readouterr().out
 
 
+def test_scoring_takes_its_own_time(tmp_path, capsys):
+    """Samples at 1, 2, 3, 4 s. All of round k is scored when the slower problem has k scores, in whatever order they came:
+    at 0.5, 0.8, 2.0 and 2.5 s. Votes by scores pay both."""
+    write_run(tmp_path, "teacher", [["1", "2", "2", "1"]] * 2, ["1", "2"])
+    write_scores(tmp_path, "teacher", [[0.9, 0.1, 0.2, 0.8]] * 2, [[0.1, 0.2, 0.3, 0.4], [0.8, 0.5, 2.0, 2.5]], crc=True)
+    results = run_main(tmp_path, "--scores")
+    model = results["models"]["teacher"]
+    assert model["k"] == [1, 2, 4] and model["seconds"] == [1, 2, 4]
+    assert model["scoring_seconds"] == [0.5, 0.8, 2.5] and model["seconds_scored"] == [1.5, 2.8, 6.5]
+    assert capsys.readouterr().out.count("|         4.0 |        2.5 |    6.5 |") == 1
+    write_scores(tmp_path, "teacher", [[0.9, 0.1, 0.2, 0.8]] * 2)
+    model = run_main(tmp_path)["models"]["teacher"]
+    assert model["scoring_seconds"] is None and model["seconds_scored"] is None
+    assert "How long scoring took is unknown for teacher and not counted" in capsys.readouterr().out
+
+
+def test_scores_may_lie_in_another_file_and_say_where_they_come_from(tmp_path, capsys):
+    path = write_run(tmp_path, "teacher", [["1", "2", "2"]], ["1"])
+    write_scores(tmp_path, "teacher", [[0.9, 0.3, 0.3]], file="scores-prm.jsonl")
+    (path.parent / "scores-prm.json").write_text('{"settings": {"model": "out/verifier", "kind": "prm", "aggregate": "min"}}')
+    assert "weighted" not in run_main(tmp_path)["models"]["teacher"]
+    assert "weighted" in run_main(tmp_path, "--scores", "scores-prm.jsonl")["models"]["teacher"]
+    assert "by scores (scores-prm.jsonl, model out/verifier, kind prm, aggregate min)." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("right, wrong, said", [  # scores
+    (0.9, 0.1, "at k = 2, 4, 5 (interval above 0: 2, 4, 5), at best by +100.0 [+100.0, +100.0] points at k = 5."),
+    (0.5, 0.5, "at no k (interval above 0: none), at best by +0.0 [+0.0, +0.0] points at k = 2."),
+    (0.1, 0.9, "at no k (interval above 0: none), at best by +0.0 [+0.0, +0.0] points at k = 5."),
+])
+def test_the_report_says_at_which_k_weighting_beats_the_majority(right, wrong, said, tmp_path, capsys):
+    """Two of five samples are right, so a full majority is wrong: 100 points to win with scores that know, nothing with
+    constant ones; scores that favour the wrong answer make it worse, but for k = 5, where it is wrong already."""
+    golds = [str(1000 + p) for p in range(40)]
+    write_run(tmp_path, "pure", [["7", "7", gold, "7", gold] for gold in golds], golds)
+    write_scores(tmp_path, "pure", [[wrong, wrong, right, wrong, right]] * 40)
+    model = run_main(tmp_path, "--scores")["models"]["pure"]
+    assert f"- pure: the weighted vote is ahead of the majority {said}" in capsys.readouterr().out
+    assert model["gain"] == pytest.approx([100 * (w - m) for w, m in zip(model["weighted"], model["majority"], strict=True)])
+    assert model["gain"][0] == 0 and (model["gain_high"][1] < 0) == (right < wrong)
+
+
+SCORES_LINE = {"problem": 0, "sample": 1, "score": 0.5}
+
+
+def crc_of(text):
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda lines: lines[:3], r"lacks some of the samples: 3 of 6 have no score, the first is problem 1, sample 0; run python "
+                              r"sample.py --score MODEL"),
+    (lambda lines: lines[:5] + [lines[5][:-9]], "1 of 6 have no score, the first is problem 1, sample 2"),  # a torn line
+    (lambda lines: lines + [json.dumps(SCORES_LINE | {"problem": 2})], r"of other samples \(problem 2, sample 1 is not in"),
+    (lambda lines: lines + [json.dumps(SCORES_LINE | {"sample": 3})], r"of other samples \(problem 0, sample 3 is not in"),
+    (lambda lines: lines + [json.dumps(SCORES_LINE | {"crc": crc_of("another text")})],
+     r"scores of other samples \(problem 0, sample 1 has another text in samples.jsonl\)"),
+    (lambda lines: lines + [json.dumps(SCORES_LINE | {"score": 0.25})], "problem 0, sample 1 has two scores, 0.5 and 0.25"),
+    (lambda lines: ['{"problem": 0, "sample": 0, "score": NaN}'] + lines[1:], "the score of problem 0, sample 0 is nan"),
+    (lambda lines: ['{"problem": 0, "sample": 0, "score": -Infinity}'] + lines[1:], "the score of problem 0, sample 0 is -inf"),
+    (lambda lines: ['{"problem": 0, "sample": 0, "score": 1, "seconds": "x"}'] + lines[1:], "the seconds of .* is x"),
+    (lambda lines: ['{"problem": 0, "sample": 0}'] + lines[1:], "line 1 is not an object with problem, sample, score"),
+])
+def test_scores_that_do_not_fit_are_an_error_if_asked_for_and_a_note_if_not(change, said, tmp_path, capsys):
+    """Scores of other samples would give numbers that look like any others. Nothing is overwritten."""
+    write_run(tmp_path, "teacher", [["1", "2", "2"]] * 2, ["1", "2"])
+    write_run(tmp_path, "pure", [["1", "2", "2"]] * 2, ["1", "2"])
+    write_scores(tmp_path, "teacher", [[0.9, 0.3, 0.3]] * 2)
+    path = write_scores(tmp_path, "pure", [[0.5] * 3] * 2)
+    lines = sorted(path.read_text().splitlines())
+    path.write_text("\n".join(change(lines)))
+    (tmp_path / "results.json").write_text("earlier")
+    with pytest.raises(ValueError, match=said):
+        run_main(tmp_path, "--scores")
+    assert (tmp_path / "results.json").read_text() == "earlier"
+    capsys.readouterr()
+    models = run_main(tmp_path)["models"]
+    assert "weighted" in models["teacher"] and "weighted" not in models["pure"]
+    note, rest, *_ = capsys.readouterr().out.splitlines()
+    assert note.endswith("until then it does not count") and str(path) in note
+    assert rest == "no scores of pure: the front is that of coverage and majority"
+
+
+def test_scores_asked_for_but_not_there(tmp_path):
+    write_run(tmp_path, "teacher", [["1"]], ["1"])
+    with pytest.raises(ValueError, match="no .*teacher/scores.jsonl: run python sample.py --score MODEL"):
+        run_main(tmp_path, "--scores")
+    with pytest.raises(ValueError, match="no .*teacher/mine.jsonl: "):
+        run_main(tmp_path, "--scores", "mine.jsonl")
+
+
+def test_a_pair_scored_twice_alike_counts_once(tmp_path):
+    """As after a kill between a write and its record."""
+    write_run(tmp_path, "teacher", [["1", "2"]], ["1"])
+    path = write_scores(tmp_path, "teacher", [[0.9, 0.3]], [[1.0, 2.0]])
+    path.write_text(path.read_text() + '{"problem": 0, "sample": 1, "score": 0.3, "seconds": 9.0}\n')
+    assert run_main(tmp_path, "--scores")["models"]["teacher"]["scoring_seconds"] == [1, 2]
+
+
 def test_a_torn_last_line_is_dropped_and_uneven_samples_are_named(tmp_path, capsys):
     path = write_run(tmp_path, "teacher", [["1"] * 2, ["1"] * 2], ["1", "1"])
     path.write_text(path.read_text()[:-30])
@@ -391,6 +504,149 @@ def test_grading_twice_gives_the_same_file(tmp_path):
     example(tmp_path)
     assert run_main(tmp_path, "--seed", "3") == run_main(tmp_path, "--seed", "3")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hybrid", "pure", "results.json", "teacher"]
+
+
+# --- two sizes and the front ---
+
+SIX = ["teacher", "pure", "hybrid", "teacher-small", "pure-small", "hybrid-small"]
+
+
+@pytest.mark.parametrize("name, names, teacher", [
+    ("pure", SIX, "teacher"),
+    ("pure-small", SIX, "teacher-small"),
+    ("my-own-small", SIX, "teacher-small"),
+    ("pure-small", SIX[:3], "teacher"),
+    ("pure-big", SIX, "teacher"),
+    ("pure-very-small", SIX + ["teacher-very-small"], "teacher-very-small"),
+])
+def test_a_students_teacher_has_its_size(name, names, teacher):
+    assert grade.teacher_of(name, names) == teacher
+
+
+def test_two_sizes_each_student_is_compared_with_its_own_teacher(tmp_path, capsys):
+    for i, name in enumerate(reversed(SIX)):
+        write_run(tmp_path, name, [["1"], ["2"]], ["1", "2"], seconds=[[i + 1]] * 2)
+    write_run(tmp_path, "another", [["1"], ["2"]], ["1", "2"], seconds=[[9]] * 2)
+    results = run_main(tmp_path)
+    assert list(results["models"]) == SIX + ["another"] and results["teacher"] == "teacher"
+    assert {name: m["teacher"] for name, m in results["models"].items() if "ahead" in m} == {
+        "pure": "teacher", "hybrid": "teacher", "another": "teacher",
+        "pure-small": "teacher-small", "hybrid-small": "teacher-small"}
+    assert "**pure-small is ahead of teacher-small at no time budget" in capsys.readouterr().out  # as good, faster
+    results = run_main(tmp_path, "--teacher", "pure")
+    assert {m["teacher"] for name, m in results["models"].items() if name != "pure"} == {"pure"} == {results["teacher"]}
+    assert "ahead" not in results["models"]["pure"]
+    results = run_main(tmp_path, "--model", "teacher-small", "pure-small")
+    assert results["teacher"] is None and results["models"]["pure-small"]["teacher"] == "teacher-small"
+
+
+def staircase(name, seconds, values):
+    """A Curve of one problem per row of values."""
+    values = np.array(values, float)
+    return grade.Curve(name, np.arange(1, len(seconds) + 1), np.array(seconds, float), values, values.mean(0).round(9))
+
+
+def test_the_front_agrees_with_a_literal_loop():
+    """At each moment: every model's rounds counted one by one, the best of them by hand, and the lead over the second."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        curves = [staircase(name, np.sort(rng.integers(1, 30, n)), rng.integers(0, 2, (3, n))) for name, n in
+                  (("a", 4), ("b", 7), ("c", 2))]
+        steps, moments = grade.front_steps(curves), np.arange(0, 33)
+        budgets = {row["seconds"]: row for row in grade.front_at(curves, moments, seed=0)}
+        for moment in moments:
+            there = []
+            for c in curves:
+                k = sum(second <= moment for second in c.seconds)
+                if k:
+                    value = sum(problem[k - 1] for problem in c.values) / 3
+                    first = min(s for s, *column in zip(c.seconds, *c.values) if sum(column) / 3 > value - 1e-9)
+                    there.append((-value, first, c.name, k, c.values[:, k - 1]))
+            there.sort(key=lambda place: place[:3])
+            assert (moment in budgets) == bool(there)
+            if there:
+                (value, _, name, k, column), *others = there
+                row = budgets[moment]
+                assert (row["model"], row["k"], row["value"]) == (name, k, pytest.approx(-value))
+                at = [step for step in steps if step[0] <= moment][-1]
+                assert at[1:] == [name, k, pytest.approx(-value)]
+                assert row["next"] == (others[0][2] if others else None)
+            if len(there) > 1:
+                expected = grade.mean_low_high(100 * (column - others[0][4])[:, None], 0)[:, 0]
+                assert [row["lead"], row["lead_low"], row["lead_high"]] == pytest.approx(expected)
+
+
+def test_ties_go_to_who_was_there_first_and_votes_may_get_worse():
+    """b equals a's .5 at 3 s: a had it first. At 4 s a's vote has dropped to .4 and a has no better k to go back to."""
+    a, b = staircase("a", [1, 2, 4], [[0.3, 0.5, 0.4]]), staircase("b", [3, 5], [[0.5, 0.4]])
+    assert grade.front_steps([b, a]) == [[1, "a", 1, 0.3], [2, "a", 2, 0.5], [4, "b", 1, 0.5], [5, "a", 3, 0.4]]
+    assert grade.stretches(grade.front_steps([b, a])) == [["a", 1, 4], ["b", 4, 5], ["a", 5, None]]
+
+
+@pytest.mark.parametrize("changes, said", [
+    ([(1, "a")], "a from 1.00 s on."),
+    ([(1, "a"), (4, "b")], "a from 1.00 s, b from 4.00 s on."),
+    ([(1, "a"), (4, "b"), (4.5, "a"), (5, "b"), (5.1, "c")], "a from 1.00 s, b or a from 4.00 s, c from 5.10 s on."),
+    ([(1, "a"), (1.1, "b")], "a from 1.00 s, b from 1.10 s on."),
+])
+def test_the_front_in_words_puts_short_stretches_together(changes, said):
+    assert grade.front_line("coverage", [[at, name, 1, 0.5] for at, name in changes]) == f"Front of coverage: {said}"
+
+
+def test_budgets_are_1_2_5_between_the_first_and_the_last_moment():
+    assert grade.budgets_between(0.7, 23.0) == [0.7, 1, 2, 5, 10, 20, 23.0]
+    assert grade.budgets_between(2.0, 5.0) == [2, 5] and grade.budgets_between(3.0, 3.0) == [3]
+    assert grade.budgets_between(0.0, 0.003) == [0, 0.001, 0.002, 0.003]
+
+
+def test_the_front_in_results_json(tmp_path, capsys):
+    """pure: 5 of 6 right from 0.5 s on, in part. The teacher's three rounds come at 2, 4, 6 and 8 s."""
+    example(tmp_path)
+    results = run_main(tmp_path)
+    assert list(results["front"]) == list(results["front_steps"]) == ["coverage", "majority"]
+    rows = results["front"]["coverage"]
+    assert [row["seconds"] for row in rows] == [0.5, 1, 2, 5, 8]
+    assert [(row["model"], row["k"]) for row in rows] == [("pure", 1), ("pure", 2), ("pure", 4), ("pure", 4), ("pure", 4)]
+    assert [row["next"] for row in rows] == [None, "hybrid", "hybrid", "hybrid", "hybrid"]
+    assert [row["lead"] for row in rows[1:]] == pytest.approx([100 * (2 / 3 - 0.5), 100 / 3 * (3 - 1 - 0.5 - 0.5), 0, 0])
+    assert results["front_models"] == ["teacher", "pure", "hybrid"]
+    said = capsys.readouterr().out
+    assert "- Front of coverage: pure from 0.50 s on." in said and "|    8.00 | pure@4 100.0% |" in said
+
+
+def test_models_on_other_problems_are_not_on_the_front(tmp_path, capsys):
+    for name, golds in (("teacher", ["1", "2"]), ("pure", ["1", "2"]), ("hybrid", ["1", "3"])):
+        write_run(tmp_path, name, [["1"], ["2"]], golds)
+    assert run_main(tmp_path)["front_models"] == ["teacher", "pure"]
+    assert "left out of the front, since sampled on other problems than teacher: hybrid\n" in capsys.readouterr().out
+    assert run_main(tmp_path, "--model", "teacher", "hybrid")["front"] == {}
+    assert run_main(tmp_path, "--model", "teacher")["front"] == {}
+
+
+def test_votes_by_scores_join_the_front_with_the_time_of_scoring_if_all_models_know_it(tmp_path, capsys):
+    """pure is faster to sample but slow to score: it is first with a majority and last with a weighted vote."""
+    for name, sampling, scoring in (("teacher", 2.0, 1.0), ("pure", 1.0, 9.0)):
+        write_run(tmp_path, name, [["1", "1"], ["2", "2"]], ["1", "2"], seconds=[[sampling] * 2] * 2)
+        write_scores(tmp_path, name, [[0.5, 0.5]] * 2, seconds=[[scoring] * 2] * 2)
+    results = run_main(tmp_path)
+    assert results["front_steps"] == {"coverage": [[1, "pure", 2, 1]], "majority": [[1, "pure", 2, 1]],
+                                      "best_of_n": [[3, "teacher", 2, 1]], "weighted": [[3, "teacher", 2, 1]]}
+    assert [row["seconds"] for row in results["front"]["weighted"]] == [5, 10] and results["front_with_scoring"]
+    assert "weighted with the time of scoring" in capsys.readouterr().out
+    write_scores(tmp_path, "pure", [[0.5, 0.5]] * 2)
+    results = run_main(tmp_path)
+    assert results["front_steps"]["weighted"] == [[1, "pure", 2, 1]] and not results["front_with_scoring"]
+    assert "weighted without the time of scoring" in capsys.readouterr().out
+
+
+def test_votes_among_many_samples_are_taken_at_fewer_k():
+    n = 100
+    run = fake_run(name="a", codes=np.zeros((1, n), int), right=np.ones((1, n), bool), seconds=np.arange(1.0, n + 1),
+                   coverage=np.ones((1, n)))
+    assert grade.curve(run, "coverage", False, 0).ks.tolist() == list(range(1, n + 1))
+    votes = grade.curve(run, "majority", False, 0)
+    assert len(votes.ks) < 50 and {1, 2, 4, 8, 16, 32, 64, n} <= set(votes.ks) and votes.seconds.tolist() == votes.ks.tolist()
+    assert votes.values.tolist() == [[1] * len(votes.ks)]
 
 
 # --- mistakes ---

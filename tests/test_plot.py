@@ -15,29 +15,36 @@ import grade
 import plot
 
 ROOT = Path(plot.__file__).parent
-FILES = ["accuracy.png", "coverage.png", "results.md", "training.png"]
+FILES = ["accuracy.png", "coverage.png", "front.png", "results.md", "training.png"]
 MODELS = {"teacher": (0.4, 4.0), "pure": (0.3, 1.0), "hybrid": (0.35, 2.0), "sft": (0.1, 1.5), "long-name-of-a-model": (0.2, 1.2)}
+SMALL = {"teacher-small": (0.3, 2.0), "pure-small": (0.2, 0.5), "hybrid-small": (0.25, 1.0)}
+SIX = ["teacher", "pure", "hybrid", *SMALL]
 
 
-def make_out(out, names, num_samples=8, num_problems=40, ability=1.0):
-    """Samples, training logs and results.json: a model is right with a probability and takes so many seconds a round."""
+def make_out(out, names, num_samples=8, num_problems=40, ability=1.0, scored=False):
+    """Samples, training logs and results.json: a model is right with a probability and takes so many seconds a round. Scores
+    know half of what is right, and take half a second a round."""
     for name in names:
-        chance, speed = MODELS[name]
+        chance, speed = (MODELS | SMALL)[name]
         rng = np.random.default_rng(0)
         folder = Path(out) / name
         folder.mkdir(parents=True)
-        with open(folder / "samples.jsonl", "w") as file:
+        with open(folder / "samples.jsonl", "w") as file, open(folder / "scores.jsonl", "w") as scores:
             for sample in range(num_samples):
                 for problem in range(num_problems):
                     answer = 1000 + problem if rng.random() < chance * ability else 7
                     file.write(json.dumps({"problem": problem, "sample": sample, "question": "?", "gold": str(1000 + problem),
                                            "completion": f"#### {answer}", "num_tokens": 20, "finish": "stop",
                                            "seconds": speed * (sample + 1)}) + "\n")
+                    scores.write(json.dumps({"problem": problem, "sample": sample, "seconds": (sample + 1) / 2,
+                                             "score": rng.random() + (answer != 7) / 2}) + "\n")
+        if not scored:
+            (folder / "scores.jsonl").unlink()
         (folder / "samples.json").write_text(json.dumps({"settings": {"task": "arithmetic"}, "device": "cpu (test)",
                                                          "dtype": "float32", "params": 123456, "date": "2026-11-21"}))
         tokens = 0
         with open(folder / "metrics.jsonl", "w") as file:
-            for stage in ["pretrain"] if name == "teacher" else ["matrices", "a stage of my own", "kl"]:
+            for stage in ["pretrain"] if name.startswith("teacher") else ["matrices", "a stage of my own", "kl"]:
                 for step in range(1, 30):
                     tokens += 1000
                     file.write(json.dumps({"stage": stage, "step": step, "tokens": tokens, "loss": 3 / step}) + "\n")
@@ -72,7 +79,7 @@ def test_any_set_of_models_can_be_drawn_without_warnings(names, num_samples, abi
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plot.main(["--out", str(tmp_path)])
-    assert set(FILES) <= set(os.listdir(tmp_path))
+    assert set(FILES) - set(os.listdir(tmp_path)) == ({"front.png"} if len(names) == 1 else set())
 
 
 def test_without_training_logs_there_is_no_training_figure(tmp_path):
@@ -89,7 +96,7 @@ def test_every_figure_uses_the_models_colours_which_never_change(three):
     assert plot.colours(["sft", "hybrid", "x", "pure"])["pure"] == colour["pure"]
     assert len(set(plot.colours([*MODELS, "a", "b"]).values())) == 7
     logs = {name: plot.read_metrics(out / name / "metrics.jsonl") for name in models}
-    for figure in (plot.draw_curves(models, "teacher", "coverage"), plot.draw_curves(models, "teacher", "majority"),
+    for figure in (plot.draw_curves(models, "coverage"), plot.draw_curves(models, "majority"), plot.draw_front(results),
                    plot.draw_training(logs, colour)):
         assert {line.get_color() for ax in figure.axes for line in ax.lines} == set(colour.values())
         plot.plt.close(figure)
@@ -98,7 +105,7 @@ def test_every_figure_uses_the_models_colours_which_never_change(three):
 @pytest.mark.parametrize("kind", ["coverage", "majority"])
 def test_lines_and_bars_show_the_numbers_of_results_json(kind, three):
     models = three[1]["models"]
-    figure = plot.draw_curves(models, "teacher", kind)
+    figure = plot.draw_curves(models, kind)
     for ax, x in zip(figure.axes, ("seconds", "k")):
         drawn = {line.get_color(): line.get_xydata() for line in ax.lines if line.get_marker() != "None"}
         for name, colour in plot.colours(models).items():
@@ -106,6 +113,102 @@ def test_lines_and_bars_show_the_numbers_of_results_json(kind, three):
     bars = [list(line.get_xdata()) for line in figure.axes[0].lines if line.get_linewidth() == 5]
     assert bars == [b for name in ("pure", "hybrid") for b in models[name]["ahead"]["budgets"] if kind == "coverage"]
     plot.plt.close(figure)
+
+
+@pytest.fixture(scope="module")
+def six(tmp_path_factory):
+    out = tmp_path_factory.mktemp("six")
+    return out, make_out(out, SIX, scored=True)
+
+
+def test_two_sizes_share_colours_and_the_small_one_is_dashed_and_hollow(six):
+    models = six[1]["models"]
+    colour = plot.colours(models)
+    for kind in ("teacher", "pure", "hybrid"):
+        base, small = plot.look(kind, colour[kind]), plot.look(f"{kind}-small", colour[f"{kind}-small"])
+        assert base["color"] == small["color"] == plot.COLOURS[kind]
+        assert (base["linestyle"], small["linestyle"]) == ("-", "--") and base["marker"] == small["marker"]
+        assert (base["markerfacecolor"], small["markerfacecolor"]) == (colour[kind], "white")
+    figure = plot.draw_curves(models, "coverage")  # six with their bands would be a muddle: front.png has them all
+    assert sum(line.get_marker() not in ("None", "") for line in figure.axes[0].lines) == 3
+    plot.plt.close(figure)
+    figure = plot.draw_curves({name: models[name] for name in SMALL}, "coverage")
+    assert sum(line.get_linestyle() == "--" for line in figure.axes[0].lines) == 3
+    plot.plt.close(figure)
+
+
+def test_all_figures_of_six_models_with_scores_are_drawn_without_warnings(six):
+    out, _ = six
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot.main(["--out", str(out), "--dpi", "40"])
+    assert {*FILES, "selection.png"} <= set(os.listdir(out))
+
+
+def test_the_front_is_drawn_as_the_staircase_of_results_json_behind_all_curves(six):
+    """Votes by scores have the time of scoring in them."""
+    results, colour = six[1], plot.colours(six[1]["models"])
+    assert results["front_with_scoring"]
+    figure = plot.draw_front(results)
+    for ax, kind, clock in zip(figure.axes, ("coverage", "weighted"), ("seconds", "seconds_scored")):
+        curves = [line for line in ax.lines if line.get_marker() not in ("None", "")]
+        for (name, m), line in zip(results["models"].items(), curves, strict=True):
+            assert line.get_color() == colour[name] and (line.get_linestyle() == "--") == name.endswith("-small")
+            np.testing.assert_allclose(line.get_xydata(), np.stack([m[clock], 100 * np.array(m[kind])], 1))
+        steps, bands = results["front_steps"][kind], [line for line in ax.lines if line.get_drawstyle() == "steps-post"]
+        assert [line.get_color() for line in bands] == [colour[name] for name, _, _ in grade.stretches(steps)]
+        drawn = {(x, y) for line in bands for x, y in line.get_xydata().tolist()}
+        last = max(m[clock][-1] for m in results["models"].values())
+        assert drawn == {(at, 100 * value) for at, _, _, value in steps} | {(last, 100 * steps[-1][3])}
+    assert [ax.get_xlabel() for ax in figure.axes] == ["seconds since generation started", "seconds of generation and scoring"]
+    plot.plt.close(figure)
+
+
+def test_a_front_whose_model_has_drawn_all_its_samples_goes_on_to_the_end(tmp_path):
+    results = make_out(tmp_path, ["pure", "sft"], 4, 20)
+    assert [(name, end) for name, _, end in grade.stretches(results["front_steps"]["coverage"])] == [("pure", None)]
+    figure = plot.draw_front(results)
+    band, = [line for line in figure.axes[0].lines if line.get_drawstyle() == "steps-post"]
+    assert band.get_xdata()[-2:].tolist() == [4.0, 6.0]  # pure's last round and sft's
+    plot.plt.close(figure)
+
+
+def test_without_scores_the_fronts_accuracy_is_that_of_the_majority(three):
+    figure = plot.draw_front(three[1])
+    assert [ax.get_ylabel() for ax in figure.axes] == ["problems with a right answer", "problems with a right majority"]
+    assert figure.axes[1].get_xlabel() == "seconds since generation started"
+    plot.plt.close(figure)
+
+
+@pytest.mark.parametrize("changes, title", [
+    ([(1, "pure")], "Coverage: pure leads at every budget"),
+    ([(1, "pure"), (90, "teacher")], "Coverage: pure leads from 1.0 to 90 s, teacher from 90 s on"),
+    ([(1, "a"), (2, "b"), (8, "a"), (9, "c")], "Coverage: b leads from 2.0 to 8.0 s, c from 9.0 s on"),
+])
+def test_the_fronts_title_follows_from_its_steps(changes, title):
+    assert plot.front_title("coverage", [[at, name, 1, 0.5] for at, name in changes]) == title
+
+
+@pytest.mark.parametrize("names", [SIX, SIX[:1], SIX[:4]], ids=len)
+def test_selection_shows_three_rules_per_model_against_samples_and_against_all_their_time(names, six):
+    models = {name: six[1]["models"][name] for name in names}
+    figure = plot.draw_selection(models)
+    shown = [ax for ax in figure.axes if ax.get_visible()]
+    assert len(shown) == 2 * len(names) and [ax.get_title() for ax in shown if ax.get_title()] == names
+    panels = {(ax.get_subplotspec().rowspan.start, ax.get_subplotspec().colspan.start): ax for ax in shown}
+    for (row, column), above in [(place, ax) for place, ax in panels.items() if ax.get_title()]:
+        m = models[above.get_title()]
+        clocks = {"majority": m["seconds"], "best_of_n": m["seconds_scored"], "weighted": m["seconds_scored"]}
+        for ax, xs in ((above, dict.fromkeys(clocks, m["k"])), (panels[row + 1, column], clocks)):
+            for line, (rule, x) in zip(ax.lines, xs.items(), strict=True):
+                assert line.get_color() == plot.RULE_COLOURS[rule]
+                np.testing.assert_allclose(line.get_xydata(), np.stack([x, 100 * np.array(m[rule])], 1))
+    plot.plt.close(figure)
+
+
+@pytest.mark.parametrize("gains, by", [([4.4, -1.2], "-1 to +4"), ([3.0], "+3"), ([0.2, -0.1], "+0")])
+def test_the_selection_figures_title_says_what_weighting_gains(gains, by):
+    assert f": {by} points" in plot.selection_title({str(i): {"gain": [0, gain]} for i, gain in enumerate(gains)})
 
 
 def test_stages_start_at_0_tokens_and_a_torn_line_is_left_out(tmp_path):
@@ -123,15 +226,15 @@ def test_stages_start_at_0_tokens_and_a_torn_line_is_left_out(tmp_path):
     (-3.0, -5.0, "In the same time, pure is not clearly ahead of teacher"),
 ])
 def test_titles_claim_only_what_the_numbers_show(lead, low, title):
-    pure = {"coverage": [0.31], "ahead": {"best_lead": lead, "best_lead_low": low}}
-    left, right = plot.coverage_titles({"teacher": {"coverage": [0.4]}, "pure": pure}, "teacher")
+    pure = {"coverage": [0.31], "teacher": "teacher", "ahead": {"best_lead": lead, "best_lead_low": low}}
+    left, right = plot.coverage_titles({"teacher": {"coverage": [0.4]}, "pure": pure})
     assert left.replace("\N{NO-BREAK SPACE}", " ") == title
     assert right.replace("\N{NO-BREAK SPACE}", " ") == "Sample for sample, pure starts 9 points behind teacher"
 
 
 def test_titles_are_neutral_without_a_comparison():
     late = {"coverage": [0.4], "ahead": {"best_lead": None}}
-    assert plot.coverage_titles({"late": late}, None) == ("Coverage in the same time", "Coverage with as many samples")
+    assert plot.coverage_titles({"late": late}) == ("Coverage in the same time", "Coverage with as many samples")
 
 
 @pytest.mark.parametrize("heights", [[90, 90.1, 89.9], [99, 99, 99, 99], [0, 0.5, 50], [50, 10, 90], [95]])
