@@ -860,13 +860,12 @@ def graded_completions(settings, generator, tokenizer, args):
                      tokenizer.encode(r["completion"]) + (stop if r["finish"] == "stop" else []), is_right)
               for r, is_right in zip(records, right)]
     parts = [[g for g in graded if (g.problem % HELD_OUT == 0) == held_out] for held_out in (False, True)]
-    for part, name in zip(parts, ("to train on", "held out")):
+    for part, held_out in zip(parts, (False, True)):
         count = sum(g.right for g in part)
-        print(f"{path}: {len(part)} completions {name}, {count} of them right", flush=True)
-        if not 0 < count < len(part):
-            raise ValueError(f"of the {len(part)} completions {name} in {path}, {count} are right, but a verifier needs both "
-                             f"right and wrong ones: raise --verifier-problems or --verifier-samples, or delete it and "
-                             f"change --data-max-new-tokens or --data-temperature")
+        print(f"{path}: {len(part)} completions {'held out' if held_out else 'to train on'}, {count} of them right", flush=True)
+        if not held_out and not 0 < count < len(part):
+            raise ValueError(f"of {len(part)} completions in {path}, {count} are right, but a verifier learns from both right "
+                             f"and wrong ones: try other --data options or another --verifier-from, in another --out")
     return parts
 
 
@@ -914,7 +913,8 @@ def evaluate(folder, graded, args):
     wins, pairs = ranked_right(scores, right)
     of_problems = [ranked_right(scores[problem == p], right[problem == p]) for p in problem.unique()]
     wins_within, pairs_within = map(sum, zip(*of_problems))
-    return dict(problems=len(of_problems), completions=len(graded), right=right.double().mean().item(), auc=wins / pairs,
+    return dict(problems=len(of_problems), completions=len(graded), right=right.double().mean().item(),
+                auc=wins / pairs if pairs else None, pairs=pairs,
                 auc_within_problems=wins_within / pairs_within if pairs_within else None, pairs_within_problems=pairs_within,
                 brier=(scores.sigmoid() - right.double()).square().mean().item())
 
@@ -938,10 +938,9 @@ def ranked_right(scores, right):
 
 
 def report(found):
-    within = found["auc_within_problems"]
+    overall, within = ("-" if x is None else f"{x:.3f}" for x in (found["auc"], found["auc_within_problems"]))
     return (f"{found['completions']} completions of {found['problems']} problems that were held out, {found['right']:.1%} right: "
-            f"AUC {found['auc']:.3f}, within problems {'-' if within is None else f'{within:.3f}'} "
-            f"({found['pairs_within_problems']:,} pairs), Brier score {found['brier']:.3f}")
+            f"AUC {overall}, within problems {within} ({found['pairs_within_problems']:,} pairs), Brier {found['brier']:.3f}")
 
 
 # ------------------------------------------------------------------------------------------------ the script
