@@ -42,7 +42,7 @@ from tqdm import tqdm
 from data import (Parser, at_least, choose_subset, load_task, load_tokenizer, prompt_template, read_json,
                   refuse_other_settings, run, token_cache, write_json)
 from grade import extract_answer, is_correct
-from model import (LM, Attention, Block, Config, Mamba, checkpoint_folder, choose_device, fingerprint, from_hf_config,
+from model import (LM, Attention, Block, Config, Mamba, Verifier, checkpoint_folder, choose_device, fingerprint, from_hf_config,
                    hub_folder, read_config, student_from)
 from sample import barrier, generate, processes, rank, read_samples, record_of, world
 
@@ -471,7 +471,7 @@ class Run:
         state = whole(lm.state_dict())
         if not rank():
             with torch.device("meta"):
-                lm = LM(lm.config)
+                lm = type(lm)(lm.config)
             lm.load_state_dict(state, assign=True)
             tokenizer.save(self.folder)
             lm.save_pretrained(self.folder)
@@ -691,16 +691,21 @@ def data_path(args):
 
 
 def sample_teacher(problems, teacher_folder, tokenizer, args):
-    """Complete the training problems into teacher-data.jsonl, laid out like samples.jsonl; goes on where it stopped.
-
-    Each process takes every world()-th problem; all append to the same file, a record with one write."""
+    """Complete the training problems into teacher-data.jsonl."""
     settings = dict(data_settings(args), teacher=fingerprint(teacher_folder), temperature=args.data_temperature,
                     max_new_tokens=args.data_max_new_tokens)
-    beside = os.path.join(args.out, "teacher-data.json")
+    sample_problems(data_path(args), settings, problems, args.data_samples, teacher_folder, tokenizer, args)
+
+
+def sample_problems(path, settings, problems, num_samples, model_folder, tokenizer, args):
+    """Complete problems with a model into a file laid out like samples.jsonl, its settings beside it; goes on where it stopped.
+
+    Each process takes every world()-th problem; all append to the same file, a record with one write."""
+    beside = path.removesuffix("l")
     if os.path.exists(beside):
-        refuse_other_settings(data_path(args), read_json(beside), settings)
-    every = {(p, s) for s in range(args.data_samples) for p in range(len(problems))}
-    todo = every - {(r["problem"], r["sample"]) for r in read_samples(data_path(args))}
+        refuse_other_settings(path, read_json(beside), settings)
+    every = {(p, s) for s in range(num_samples) for p in range(len(problems))}
+    todo = every - {(r["problem"], r["sample"]) for r in read_samples(path)}
     barrier()  # all have looked
     if not todo:
         return
@@ -710,12 +715,12 @@ def sample_teacher(problems, teacher_folder, tokenizer, args):
     mine = {(p, s) for p, s in todo if p % world() == rank()}
     template = prompt_template(args.task, args.prompt_file)
     prompts = [tokenizer.chat(template.replace("{question}", problem.question)) for problem in problems]
-    lm = LM.from_pretrained(teacher_folder, args.device, args.dtype).eval()
-    with open(data_path(args), "ab", buffering=0) as f:
-        completions = generate(lm, prompts, num_samples=args.data_samples, max_new_tokens=args.data_max_new_tokens,
+    lm = LM.from_pretrained(model_folder, args.device, args.dtype).eval()
+    with open(path, "ab", buffering=0) as f:
+        completions = generate(lm, prompts, num_samples=num_samples, max_new_tokens=args.data_max_new_tokens,
                                temperature=args.data_temperature, batch_size=args.data_batch_size,
                                stop_ids=tokenizer.eos_ids, seed=args.seed, skip=every - mine)
-        for c in tqdm(completions, desc=data_path(args), total=len(mine), unit="sample", mininterval=10, disable=rank() > 0):
+        for c in tqdm(completions, desc=path, total=len(mine), unit="sample", mininterval=10, disable=rank() > 0):
             f.write(record_of(c, problems[c.problem], tokenizer))
     barrier()
 
@@ -808,6 +813,146 @@ def mixers_of(n_layers, mixer, attention_layers):
     return ["attention" if layer in attention_layers else mixer for layer in range(n_layers)]
 
 
+# ------------------------------------------------------------------------------------------------ the verifier
+# A verifier (Cobbe et al. 2021) tells right completions from wrong ones. It starts as the teacher, with a new head, and
+# learns from graded completions of training problems; of a wrong one it is told that the answer is wrong, not where.
+HELD_OUT = 10  # every tenth problem is not trained on: it is for the evaluation
+
+
+def make_verifier(teacher_folder, args):
+    """OUT/verifier: complete the training problems, grade, train on nine in ten of them, evaluate on the others."""
+    generator = generator_folder(teacher_folder, args)
+    tokenizer, config = load_tokenizer(teacher_folder), from_hf_config(read_config(teacher_folder))
+    args = argparse.Namespace(**vars(args) | dict(lr=args.verifier_lr or default_lr(config)))
+    data = dict(data_settings(args), generator=fingerprint(generator), problems=args.verifier_problems,
+                samples=args.verifier_samples, temperature=args.data_temperature, max_new_tokens=args.data_max_new_tokens)
+    run = Run(os.path.join(args.out, "verifier"), dict(data, teacher=fingerprint(teacher_folder), steps=args.verifier_steps,
+                                                       lr=args.lr, batch_tokens=args.batch_tokens, start_length=args.start_length))
+    if not (run.is_finished() and os.path.exists(run.path("verifier.json"))):
+        train_set, held_out = graded_completions(data, generator, tokenizer, args)
+        if not run.is_finished():
+            train_verifier(run, train_set, teacher_folder, tokenizer, config, args)
+        if not rank():
+            write_json(run.path("verifier.json"), evaluate(run.folder, held_out, args))
+        barrier()
+    print(f"{run.folder}: finished\n{report(read_json(run.path('verifier.json')))}", flush=True)
+
+
+def generator_folder(teacher_folder, args):
+    """Whose completions the verifier learns from: the folder of the model OUT/<--verifier-from>, or the teacher's."""
+    folder = os.path.join(args.out, args.verifier_from)
+    if args.verifier_from == "teacher":
+        return teacher_folder
+    if not os.path.exists(os.path.join(folder, "config.json")):
+        raise ValueError(f"no model {folder} to draw completions from: run distill.py without --verifier first, name another "
+                         f"with --verifier-from, or take --verifier-from teacher")
+    return folder
+
+
+@dataclasses.dataclass
+class Graded:
+    """A completion of training problem number `problem` as its model read and wrote it, and whether its answer is right."""
+    problem: int
+    prompt: list
+    answer: list
+    right: bool
+
+
+def graded_completions(settings, generator, tokenizer, args):
+    """(those to train on, those held out), lists of Graded, drawn into verifier-data.jsonl if they are not there yet."""
+    path = os.path.join(args.out, "verifier-data.jsonl")
+    problems = choose_subset(load_task(args.task, "train"), args.limit, args.subset_seed)[:args.verifier_problems]
+    sample_problems(path, settings, problems, args.verifier_samples, generator, tokenizer, args)
+    records = sorted(read_samples(path), key=lambda r: (r["problem"], r["sample"]))
+    template, stop = prompt_template(args.task, args.prompt_file), tokenizer.eos_ids[:1]
+    right = agreed(None if rank() else [is_correct(extract_answer(r["completion"]), r["gold"]) for r in records])
+    graded = [Graded(r["problem"], tokenizer.chat(template.replace("{question}", r["question"])),
+                     tokenizer.encode(r["completion"]) + (stop if r["finish"] == "stop" else []), is_right)
+              for r, is_right in zip(records, right)]
+    parts = [[g for g in graded if (g.problem % HELD_OUT == 0) == held_out] for held_out in (False, True)]
+    for part, held_out in zip(parts, (False, True)):
+        count = sum(g.right for g in part)
+        print(f"{path}: {len(part)} completions {'held out' if held_out else 'to train on'}, {count} of them right", flush=True)
+        if not held_out and not 0 < count < len(part):
+            raise ValueError(f"of {len(part)} completions in {path}, {count} are right, but a verifier learns from both right "
+                             f"and wrong ones: try other --data options or another --verifier-from, in another --out")
+    return parts
+
+
+def train_verifier(run, graded, teacher_folder, tokenizer, config, args):
+    pairs = packed([(g.prompt, g.answer + [int(g.right)]) for g in graded])
+    check_memory(config, None, pairs, {"verifier"}, args)
+    stage = Stage("verifier", args.lr, verdict_loss, steps=args.verifier_steps)
+    verifier = verifier_from(LM.from_pretrained(teacher_folder, home(args), torch.float32))
+    train(run, prepare(verifier, None, args), [stage], batch_maker(pairs, config, start_length(args), args), args)
+    run.finish(verifier, tokenizer)
+
+
+def packed(pairs):
+    """A list of (prompt ids, answer ids) as Pairs."""
+    starts = torch.tensor([0] + [length_of(pair) for pair in pairs]).cumsum(0)
+    bounds = torch.stack([starts[:-1], starts[:-1] + torch.tensor([len(prompt) for prompt, _ in pairs]), starts[1:]], 1)
+    return Pairs(torch.tensor([i for prompt, answer in pairs for i in prompt + answer]), bounds)
+
+
+def verifier_from(teacher):
+    """A Verifier with all weights of the teacher but the head's. Its own head starts at zero: every text is 50:50."""
+    verifier = Verifier(teacher.config).to(teacher.device)
+    weights = {name: tensor for name, tensor in teacher.state_dict().items() if not name.startswith("lm_head")}
+    verifier.load_state_dict(verifier.state_dict() | weights)
+    return verifier
+
+
+def verdict_loss(verifier, tokens, labels, valid):
+    """Mean over answer tokens of -log p(verdict), as if each were the last: so the verifier learns when it can know.
+
+    A row's verdict, 1 for right and 0 for wrong, follows its completion as one more token: it is the last label of the
+    row, and where it would be read as a token, nothing counts. tokens, labels, valid (B, L) -> scalar.
+    """
+    counted = labels != IGNORE
+    last = valid.sum(1, keepdim=True) - 2  # (B, 1): the completion's last token
+    verdict = labels.gather(1, last).float().expand(labels.shape)  # (B, L)
+    return F.binary_cross_entropy_with_logits(verifier(tokens).float()[counted], verdict[counted])
+
+
+def evaluate(folder, graded, args):
+    """How well the verifier in `folder` tells right from wrong among these completions, as a dict for verifier.json."""
+    graded = sorted(graded, key=lambda g: len(g.prompt) + len(g.answer))
+    scores = log_odds(Verifier.from_pretrained(folder, args.device, args.dtype).eval(), graded, args)
+    right, problem = torch.tensor([g.right for g in graded]), torch.tensor([g.problem for g in graded])
+    wins, pairs = ranked_right(scores, right)
+    of_problems = [ranked_right(scores[problem == p], right[problem == p]) for p in problem.unique()]
+    wins_within, pairs_within = map(sum, zip(*of_problems))
+    return dict(problems=len(of_problems), completions=len(graded), right=right.double().mean().item(),
+                auc=wins / pairs if pairs else None, pairs=pairs,
+                auc_within_problems=wins_within / pairs_within if pairs_within else None, pairs_within_problems=pairs_within,
+                brier=(scores.sigmoid() - right.double()).square().mean().item())
+
+
+@torch.inference_mode()
+def log_odds(verifier, graded, args):
+    """The verifier's number at the last token of every completion, (n,) float64; completions come shortest first."""
+    found = []
+    for group in split_by_tokens([(g.prompt, g.answer) for g in graded], args.batch_tokens):
+        tokens, _, valid = (t.to(verifier.device) for t in collate(group))
+        found.append(verifier(tokens).gather(1, valid.sum(1, keepdim=True) - 1)[:, 0].cpu().double())
+    return torch.cat(found)
+
+
+def ranked_right(scores, right):
+    """(In how many pairs of a right and a wrong one has the right one the higher score, number of pairs): AUC is their
+    ratio. Equal scores count half. scores (n,), right (n,) bool."""
+    good, bad = scores[right], scores[~right].sort().values
+    below, not_above = torch.searchsorted(bad, good), torch.searchsorted(bad, good, right=True)
+    return (below + not_above).sum().item() / 2, len(good) * len(bad)
+
+
+def report(found):
+    overall, within = ("-" if x is None else f"{x:.3f}" for x in (found["auc"], found["auc_within_problems"]))
+    return (f"{found['completions']} completions of {found['problems']} problems that were held out, {found['right']:.1%} right: "
+            f"AUC {overall}, within problems {within} ({found['pairs_within_problems']:,} pairs), Brier {found['brier']:.3f}")
+
+
 # ------------------------------------------------------------------------------------------------ the script
 def size_list(text):
     """"small,base" -> ["small", "base"]."""
@@ -876,6 +1021,15 @@ def parse_args(argv=None):
     add("--matrix-length", type=at_least(1), default=128, help="tokens of a sequence in matrix orientation (memory ~ L^2)")
     add("--lr", type=float, help="peak learning rate of the students' stages; default: 2e-3, less in proportion for models "
         "wider than 64: 6e-5 at d_model 2048")
+    add("--verifier", action="store_true", help="make OUT/verifier, which tells right completions from wrong ones, instead of "
+        "students")
+    add("--verifier-from", metavar="NAME", default="pure", help="the model OUT/NAME whose completions it learns from, drawn with "
+        "the --data options; teacher is the teacher")
+    add("--verifier-problems", type=at_least(HELD_OUT), default=600, help="training problems that are completed for it; a tenth "
+        "is held out for its evaluation")
+    add("--verifier-samples", type=at_least(1), default=8, help="completions of each")
+    add("--verifier-steps", type=at_least(1), default=300, help="steps of its training")
+    add("--verifier-lr", type=float, help="its peak learning rate; default: as --lr")
     add("--seed", type=int, default=0, help="of initialisation and of the order of the data")
     add("--pretrain", action="store_true", help="train a new teacher instead of taking the one in assets/")
     add("--pretrain-steps", type=at_least(1), default=3500, help="steps of the teacher's pre-training")
@@ -901,9 +1055,13 @@ def main(argv=None):
         if args.teacher and args.sizes != ["base"]:
             raise ValueError("--sizes is for the teachers of the built-in experiment: leave it out with --teacher")
         args.device, args.dtype = choose_device(args.device, args.dtype)
-        if args.ablate:
-            from ablate import ablate  # an experiment on top of this file, which it imports
-            ablate(get_teacher("base", args), args)
+if args.verifier or args.ablate:
+            teacher = get_teacher("base", args)
+            if args.verifier:
+                make_verifier(teacher, args)
+            else:
+                from ablate import ablate  # an experiment on top of this file, which it imports
+                ablate(teacher, args)
             return
         for size in args.sizes:
             teacher = get_teacher(size, args)
