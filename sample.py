@@ -303,7 +303,7 @@ def sample_model(model_folder, folder, problems, args):
     Of several processes each takes every world()-th problem and appends to the same file. Their clocks
     start together, so that `seconds` means the same in every record.
     """
-    lm = LM.from_pretrained(model_folder, args.device, args.dtype).eval()
+    lm = LM.from_pretrained(model_folder, args.device, args.dtype).eval().fuse()
     tokenizer, template = load_tokenizer(model_folder), prompt_template(args.task, args.prompt_file)
     prompts = [tokenizer.chat(template.replace("{question}", problem.question)) for problem in problems]
     check_settings(prompts, args.num_samples, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.batch_size)
