@@ -180,6 +180,15 @@ def apply_rope(x, cos, sin):
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+def per_prompt(function, tensors, caches, lengths, dim=1):
+    """A function of a sequence and its cache, for each of the prompts that are packed, one after the other, into one row.
+
+    tensors: (1, total, ...), or with the sequence in another dim; caches: one per prompt, each of one row.
+    """
+    pieces = zip(*(tensor.split(lengths, dim) for tensor in tensors), caches)
+    return torch.cat([function(*piece) for piece in pieces], dim)
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with RoPE, as in Llama (Touvron et al. 2023; Ainslie et al. 2023)."""
     PRODUCTS = (("q_proj", "k_proj", "v_proj"), ("o_proj",))  # layers of the same input, for `LM.fuse`
@@ -192,8 +201,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.d_model, self.n_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.n_heads * self.head_dim, config.d_model, bias=False)
 
-    def init_cache(self, batch, max_length, device, dtype):
-        shape = (batch, self.n_kv_heads, max_length, self.head_dim)  # keys, values: (B, K, T, h)
+    def init_cache(self, layers, batch, max_length, device, dtype):
+        shape = (layers, batch, self.n_kv_heads, max_length, self.head_dim)  # keys, values: (layers, B, K, T, h)
         return dict(keys=torch.zeros(shape, device=device, dtype=dtype), values=torch.zeros(shape, device=device, dtype=dtype))
 
     def project(self, x, rope):
@@ -206,13 +215,22 @@ class Attention(nn.Module):
     def forward(self, x, rope, cache=None, reads=None):  # x (B, L, d_model)
         q, k, v = self.project(x, rope)
         if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.n_heads != self.n_kv_heads)
+            y = self.attend(q, k, v)
+        elif isinstance(cache, list):
+            y = per_prompt(self.attend_prompt, (q, k, v), cache, reads, dim=2)
         else:
             y = self.attend_cache(q, k, v, cache, reads)
         return linear(y.transpose(1, 2).flatten(2), self.o_proj)  # (B, L, d_model)
 
+    def attend(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.n_heads != self.n_kv_heads)
+
+    def attend_prompt(self, q, k, v, cache):
+        cache["keys"][:, :, :k.shape[2]], cache["values"][:, :, :v.shape[2]] = k, v
+        return self.attend(q, k, v)
+
     def attend_cache(self, q, k, v, cache, reads):
-        """Write k and v behind each row's past, then attend to the used columns only, one group of rows at a time.
+        """Write k and v behind each row's past, then attend to the used columns only; on a CPU one group of rows at a time.
 
         The G = H / K query heads that share a kv head are laid out as G rows of queries of that head, so the cache is
         read in place: no repeated heads, no copies.
@@ -222,6 +240,8 @@ class Attention(nn.Module):
         rows = torch.arange(batch, device=q.device)[:, None]  # (B, 1)
         keys[rows, :, reads.columns] = k.transpose(1, 2)  # columns (B, L): where each new token goes
         values[rows, :, reads.columns] = v.transpose(1, 2)
+        if reads.on_device:
+            return kernels.decode_attention(q[:, :, 0], keys, values, reads.lengths)[:, :, None]  # (B, H, 1, h)
         q = q.unflatten(1, (self.n_kv_heads, -1)).flatten(2, 3)  # (B, K, G * L, h)
         group = self.n_heads // self.n_kv_heads
         y = torch.cat([F.scaled_dot_product_attention(
@@ -245,13 +265,16 @@ class CacheReads:
     Rows of very different lengths share a batch. Reading all rows up to the longest would waste most of the memory
     traffic that decoding is made of, so rows are read in groups of `ROWS`, each up to its own longest row (the sampler
     keeps rows of similar length together). Computed once and shared by all layers.
+
+    A GPU would have to wait for the host to read lengths: there, decoding leaves the groups to kernels.decode_attention.
     """
-    ROWS = 32
+    ROWS, ON_DEVICE = 32, ("cuda",)
 
     def __init__(self, lengths, length, dtype):  # lengths (B,): tokens already in each row
         self.columns = lengths[:, None] + torch.arange(length, device=lengths.device)  # (B, L)
-        self.groups = []
-        for start in range(0, len(lengths), self.ROWS):
+        self.lengths, self.groups = lengths + length, []  # (B,): tokens in each row after the pass
+        self.on_device = length == 1 and lengths.device.type in self.ON_DEVICE
+        for start in range(0, 0 if self.on_device else len(lengths), self.ROWS):
             rows = slice(start, start + self.ROWS)
             longest = int(lengths[rows].max()) + length
             hidden = torch.arange(longest, device=lengths.device) > self.columns[rows, None, :, None]
@@ -315,9 +338,10 @@ class Mamba(nn.Module):
         dt = torch.empty(self.d_inner).uniform_(math.log(1e-3), math.log(1e-1)).exp()
         self.dt_proj.bias.data.copy_(dt + torch.log(-torch.expm1(-dt)))
 
-    def init_cache(self, batch, max_length, device, dtype):
-        window = torch.zeros(batch, self.conv1d.kernel_size[0] - 1, self.d_inner, device=device, dtype=dtype)
-        return dict(window=window.transpose(1, 2), h=torch.zeros(batch, self.d_inner, self.d_state, device=device))  # (B, D, W-1), (B, D, N)
+    def init_cache(self, layers, batch, max_length, device, dtype):
+        window = torch.zeros(layers, batch, self.conv1d.kernel_size[0] - 1, self.d_inner, device=device, dtype=dtype)
+        return dict(window=window.transpose(2, 3),  # (layers, B, D, W-1)
+                    h=torch.zeros(layers, batch, self.d_inner, self.d_state, device=device))  # (layers, B, D, N)
 
     def repeat(self, u):
         """(B, L, K h) -> (B, L, H h): groups of d_state channels, each repeated consecutively."""
@@ -329,21 +353,28 @@ class Mamba(nn.Module):
         B = self.repeat(B).unflatten(-1, (-1, self.d_state))  # (B, L, G, N)
         C = C.unflatten(-1, (-1, self.d_state))  # (B, L, G, N)
         dt = F.linear(dt, self.dt_proj.weight)  # (B, L, D), its bias is added in the scan
+        if isinstance(cache, list):
+            y = per_prompt(self.scan, (x, B, C, z, dt), cache, reads)
+        else:
+            y = self.scan(x, B, C, z, dt, cache)
+        return linear(y, self.out_proj)  # (B, L, d_model)
+
+    def scan(self, x, B, C, z, dt, cache):
+        """All that mixes tokens, and the gate: (B, L, D)."""
         A = -torch.exp(self.A_log.float())  # (D, N)
         dt_bias = self.dt_proj.bias.float()
         weight, bias = self.conv1d.weight, self.conv1d.bias
-        if cache is not None and u.shape[1] == 1:
+        if cache is not None and x.shape[1] == 1:
             window, h = cache["window"], cache["h"]
             x = F.silu(kernels.causal_conv_step(window, x[:, 0], weight, bias))  # (B, D)
-            y = kernels.selective_step(h, x, dt[:, 0], A, B[:, 0], C[:, 0], self.D, z[:, 0], dt_bias, True)[:, None]
-        else:
-            window, h = (None, None) if cache is None else (cache["window"], cache["h"])
-            x, new_window = kernels.causal_conv(x, weight, bias, window)
-            y, new_h = kernels.selective_scan(F.silu(x), dt, A, B, C, self.D, z, dt_bias, True, h)
-            if cache is not None:
-                window.copy_(new_window)
-                h.copy_(new_h)
-        return linear(y, self.out_proj)  # (B, L, d_model)
+            return kernels.selective_step(h, x, dt[:, 0], A, B[:, 0], C[:, 0], self.D, z[:, 0], dt_bias, True)[:, None]
+        window, h = (None, None) if cache is None else (cache["window"], cache["h"])
+        x, new_window = kernels.causal_conv(x, weight, bias, window)
+        y, new_h = kernels.selective_scan(F.silu(x), dt, A, B, C, self.D, z, dt_bias, True, h)
+        if cache is not None:
+            window.copy_(new_window)
+            h.copy_(new_h)
+        return y
 
 
 class Mamba2(nn.Module):
@@ -384,9 +415,10 @@ class Mamba2(nn.Module):
     def reset_parameters(self):
         """Nothing special from scratch; `student_from` overwrites what matters."""
 
-    def init_cache(self, batch, max_length, device, dtype):
-        window = torch.zeros(batch, self.conv1d.kernel_size[0] - 1, self.conv_channels, device=device, dtype=dtype)
-        return dict(window=window.transpose(1, 2), h=torch.zeros(batch, self.n_heads, self.head_dim, self.d_state, device=device))
+    def init_cache(self, layers, batch, max_length, device, dtype):
+        window = torch.zeros(layers, batch, self.conv1d.kernel_size[0] - 1, self.conv_channels, device=device, dtype=dtype)
+        return dict(window=window.transpose(2, 3),  # (layers, B, conv channels, W-1)
+                    h=torch.zeros(layers, batch, self.n_heads, self.head_dim, self.d_state, device=device))
 
     def split(self, xBC):
         """(..., conv channels) -> x (..., H, P), B (..., H, N), C (..., H, N)."""
@@ -412,8 +444,16 @@ class Mamba2(nn.Module):
 
     def forward(self, u, rope, cache=None, reads=None):  # u (B, L, d_model); rope and reads are attention's
         xBC, z, log_decay, dt = self.project(u)
+        if isinstance(cache, list):
+            y = per_prompt(self.scan, (xBC, log_decay, dt), cache, reads)
+        else:
+            y = self.scan(xBC, log_decay, dt, cache)
+        return linear(self.gate(y, z), self.out_proj)  # (B, L, d_model)
+
+    def scan(self, xBC, log_decay, dt, cache):
+        """All that mixes tokens: (B, L, D)."""
         weight, bias = self.conv1d.weight, self.conv1d.bias
-        if cache is not None and u.shape[1] == 1:
+        if cache is not None and xBC.shape[1] == 1:
             window, h = cache["window"], cache["h"]
             x, B, C = self.split(kernels.causal_conv_step(window, xBC[:, 0], weight, bias))  # (B, H, P | N | N)
             y = kernels.ssd_step(h, self.step_input(x, dt[:, 0]), log_decay[:, 0], B, C)  # (B, H, P)
@@ -423,12 +463,11 @@ class Mamba2(nn.Module):
             xBC, new_window = kernels.causal_conv(xBC, weight, bias, window)
             x, B, C = self.split(xBC)  # (B, L, H, P | N | N)
             y, new_h = kernels.ssd(self.step_input(x, dt), log_decay, B, C, h,
-                                   chunk=32 if u.device.type == "cpu" else 64)  # (B, L, H, P)
+                                   chunk=32 if xBC.device.type == "cpu" else 64)  # (B, L, H, P)
             if cache is not None:
                 window.copy_(new_window)
                 h.copy_(new_h)
-        y = (y + self.D[:, None].to(y.dtype) * x).flatten(2)  # (B, L, D)
-        return linear(self.gate(y, z), self.out_proj)  # (B, L, d_model)
+        return (y + self.D[:, None].to(y.dtype) * x).flatten(2)  # (B, L, D)
 
     def matrix(self, u, rope):
         """T with D on its diagonal, (B, H, L, L) float32: what MOHAWK's first stage compares with attention."""
@@ -441,7 +480,11 @@ class Mamba2(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ the model
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + MLP(norm(x)); the mixer is the only thing that distillation replaces."""
+    """x + mixer(norm(x)), then x + MLP(norm(x)); the mixer is the only thing that distillation replaces.
+
+    Mixers take their layer's cache of a State, and a CacheReads; in `LM.prefill`, where x holds several prompts, one after
+    the other, lists of their caches and of their lengths.
+    """
 
     def __init__(self, config, mixer):
         super().__init__()
@@ -461,30 +504,38 @@ class Block(nn.Module):
 
 
 class State:
-    """Where every row of a batch stands: its length, and each layer's cache. All tensors have the rows in front.
+    """Where every row of a batch stands: its length, and each layer's cache. All tensors of `layers` have the rows in front.
 
-    An attention layer has keys and values (B, K, T, h); a Mamba layer has the convolution's window and the state h.
+    An attention layer has keys and values (B, K, T, h); a Mamba layer has the convolution's window and the state h. They
+    are views of `stacks`, {mixer: {name: tensor of all its layers}}: so a row starts in a few copies, however deep the model.
     """
 
-    def __init__(self, lengths, layers):
-        self.lengths, self.layers = lengths, layers  # (B,) int64, list of dicts of tensors
+    def __init__(self, lengths, stacks, mixers):
+        self.lengths, self.stacks, self.mixers = lengths, stacks, mixers  # (B,) int64, (layers, B, ...), one name per layer
+        self.unstack()
+
+    def unstack(self):
+        places = [self.mixers[:i].count(mixer) for i, mixer in enumerate(self.mixers)]  # of each layer among its kind
+        self.layers = [{name: tensor[i] for name, tensor in self.stacks[mixer].items()} for mixer, i in zip(self.mixers, places)]
 
     def put(self, row, source):
         """Make a row a copy of the only row of `source`, whose KV caches may be shorter (a prompt's exact length)."""
         self.lengths[row] = source.lengths[0]
-        for mine, theirs in zip(self.layers, source.layers):
-            for name, tensor in theirs.items():
-                mine[name][row][tuple(slice(size) for size in tensor.shape[1:])] = tensor[0]
+        for mixer, stack in self.stacks.items():
+            for name, tensor in source.stacks[mixer].items():
+                stack[name][:, row][(slice(None), *map(slice, tensor.shape[2:]))] = tensor[:, 0]
 
     def select(self, rows):
         """Keep these rows, in this order, in place: sorts or shrinks a batch. Unused cache columns stay where they are."""
         used = int(self.lengths.max())
         self.lengths = self.lengths[rows]
-        for layer in self.layers:
-            for name, tensor in layer.items():
+        for stack in self.stacks.values():
+            for name, tensor in stack.items():
                 columns = (slice(None), slice(used)) if name in ("keys", "values") else ()
-                tensor[(slice(len(rows)), *columns)] = tensor[(rows, *columns)]
-                layer[name] = tensor[:len(rows)]
+                for layer in tensor:
+                    layer[(slice(len(rows)), *columns)] = layer[(rows, *columns)]
+                stack[name] = tensor[:, :len(rows)]
+        self.unstack()
 
 
 class LM(nn.Module):
@@ -550,8 +601,10 @@ class LM(nn.Module):
 
     def init_state(self, batch, max_length):
         """An empty state for `batch` rows of up to `max_length` tokens. SSM states are float32 and do not grow."""
-        lengths = torch.zeros(batch, dtype=torch.long, device=self.device)
-        return State(lengths, [b.mix().init_cache(batch, max_length, self.device, self.dtype) for b in self.layers])
+        mixers = [block.mixer for block in self.layers]
+        stacks = {mixer: self.layers[mixers.index(mixer)].mix().init_cache(
+            mixers.count(mixer), batch, max_length, self.device, self.dtype) for mixer in dict.fromkeys(mixers)}
+        return State(torch.zeros(batch, dtype=torch.long, device=self.device), stacks, mixers)
 
     def trunk(self, tokens, state=None):
         """tokens (B, L) -> the residual stream after the last block, (B, L, d_model): all but the head."""
@@ -564,10 +617,29 @@ class LM(nn.Module):
             return x
         reads = CacheReads(state.lengths, length, self.dtype)
         rope = self.rope(reads.columns)
-        for block, cache in zip(self.layers, state.layers):
-            x = block(x, rope, cache, reads)
+        with torch.no_grad():  # the caches change in place, which gradients could not follow
+            for block, cache in zip(self.layers, state.layers):
+                x = block(x, rope, cache, reads)
         state.lengths += length
         return x
+
+    @torch.no_grad()
+    def prefill(self, prompts):
+        """Run prompts, token lists of any lengths, packed into one row without padding; the head at their ends only.
+
+        Returns for each a state of one row, whose caches have the prompt's length, and the logits (number of prompts, V).
+        """
+        lengths = [len(prompt) for prompt in prompts]
+        states = [self.init_state(1, length) for length in lengths]
+        tokens = torch.tensor([[token for prompt in prompts for token in prompt]], device=self.device)  # (1, total)
+        x = self.model.embed_tokens(tokens)  # (1, total, d_model)
+        rope = self.rope(torch.cat([torch.arange(length, device=self.device) for length in lengths])[None])
+        for block, *caches in zip(self.layers, *(state.layers for state in states)):
+            x = block(x, rope, caches, lengths)
+        for state, length in zip(states, lengths):
+            state.lengths += length
+        ends = torch.tensor(lengths, device=self.device).cumsum(0) - 1
+        return states, self.head(x[:, ends])[0]
 
     def forward(self, tokens, state=None):
         """tokens (B, L) int64 -> logits (B, L, V). With a state, the tokens continue each row and the state is updated."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+import kernels
 import model
 from model import LM, Config, choose_device, rope_frequencies, student_from
 
@@ -135,6 +136,31 @@ def test_decoding_equals_one_forward_pass(make_lm, pattern, splits):
     """Red if a cache is off by one column, a convolution's window holds the wrong tokens, or a state loses precision."""
     lm, tokens = make_lm(pattern, rope_scaling=LLAMA3), random_tokens(3, 23)
     assert_near(decode(lm, tokens, splits), lm(tokens))
+
+
+def test_packed_prompts_are_as_if_run_alone(make_lm, pattern):
+    """Logits and every tensor of the state. Red if a prompt's attention, convolution or scan sees the prompt before it."""
+    lm, prompts = make_lm(pattern, rope_scaling=LLAMA3), [random_tokens(n, seed=n).tolist() for n in (5, 1, 13, 2, 5)]
+    states, logits = lm.prefill(prompts)
+    for prompt, state, last in zip(prompts, states, logits, strict=True):
+        alone = lm.init_state(1, len(prompt))
+        assert_near(last, lm(torch.tensor([prompt]), alone)[0, -1])
+        assert state.lengths.tolist() == alone.lengths.tolist() == [len(prompt)]
+        for mine, theirs in zip(state.layers, alone.layers, strict=True):
+            for name, tensor in theirs.items():
+                assert mine[name].shape == tensor.shape
+                assert_near(mine[name], tensor)
+
+
+@pytest.mark.parametrize("in_kernels", [False, True])
+def test_decoding_as_on_a_gpu(make_lm, pattern, monkeypatch, in_kernels):
+    """Attention to the cache by the lengths on the device; by the interpreted Triton kernels too, with all of the others."""
+    if in_kernels:
+        pytest.importorskip("triton")
+        monkeypatch.setattr(kernels, "_use_triton", lambda backend, *tensors: True)
+    monkeypatch.setattr(model.CacheReads, "ON_DEVICE", ("cpu",))
+    lm, tokens = make_lm(pattern), random_tokens(2, 8)
+    assert_near(decode(lm, tokens, [5, 1, 1, 1]), lm(tokens))
 
 
 def ragged_state(lm, prompts, room):
