@@ -237,16 +237,15 @@ class Attention(nn.Module):
         """
         batch, _, length, _ = q.shape
         keys, values = cache["keys"], cache["values"]
-        rows = torch.arange(batch, device=q.device)[:, None]  # (B, 1)
-        keys[rows, :, reads.columns] = k.transpose(1, 2)  # columns (B, L): where each new token goes
-        values[rows, :, reads.columns] = v.transpose(1, 2)
+        keys[reads.rows, :, reads.columns] = k.transpose(1, 2)  # columns (B, L): where each new token goes
+        values[reads.rows, :, reads.columns] = v.transpose(1, 2)
         if reads.on_device:
             return kernels.decode_attention(q[:, :, 0], keys, values, reads.lengths)[:, :, None]  # (B, H, 1, h)
         q = q.unflatten(1, (self.n_kv_heads, -1)).flatten(2, 3)  # (B, K, G * L, h)
         group = self.n_heads // self.n_kv_heads
         y = torch.cat([F.scaled_dot_product_attention(
             q[rows], keys[rows, :, :longest], values[rows, :, :longest],
-            attn_mask=mask if group == 1 else mask.repeat(1, 1, group, 1),
+            attn_mask=mask if group == 1 or length == 1 else mask.repeat(1, 1, group, 1),
         ) for rows, longest, mask in reads.groups])  # (B, K, G * L, h)
         return y.view(batch, self.n_heads, length, self.head_dim)
 
@@ -271,6 +270,7 @@ class CacheReads:
     ROWS, ON_DEVICE = 32, ("cuda",)
 
     def __init__(self, lengths, length, dtype):  # lengths (B,): tokens already in each row
+        self.rows = torch.arange(len(lengths), device=lengths.device)[:, None]  # (B, 1)
         self.columns = lengths[:, None] + torch.arange(length, device=lengths.device)  # (B, L)
         self.lengths, self.groups = lengths + length, []  # (B,): tokens in each row after the pass
         self.on_device = length == 1 and lengths.device.type in self.ON_DEVICE
