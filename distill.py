@@ -1055,7 +1055,7 @@ def main(argv=None):
         if args.teacher and args.sizes != ["base"]:
             raise ValueError("--sizes is for the teachers of the built-in experiment: leave it out with --teacher")
         args.device, args.dtype = choose_device(args.device, args.dtype)
-if args.verifier or args.ablate:
+        if args.verifier or args.ablate:
             teacher = get_teacher("base", args)
             if args.verifier:
                 make_verifier(teacher, args)

@@ -17,6 +17,7 @@ Contents, small to large; every rung of the ladder is tested against the one bel
     ssd_step                                the second recurrence, one token: PyTorch, Triton
     mixing_matrix                           the map x -> y as one L x L matrix per head
     ssd, ssd_ref                            as matrices within chunks; as a literal loop
+    decode_attention, decode_attention_ref  what the others replace: one token of attention to a cache; Triton, PyTorch
     python kernels.py                       checks each against its reference and prints a timing table
 
 backend: "ref" the literal loop, "torch" PyTorch, "triton" (CUDA tensors; CPU tensors under TRITON_INTERPRET=1, for tests),
@@ -892,6 +893,88 @@ def ssd_ref(x, log_decay, B, C, h0=None, chunk=64, backend="ref"):
     return ssd(x, log_decay, B, C, h0, chunk, backend="ref")
 
 
+# ------------------------------------------------------------------------------------------------ attention to a cache
+def decode_attention_ref(q, keys, values, lengths):
+    """decode_attention by the definition: all T columns are read, those behind a row's end weigh nothing."""
+    dtype, (n_kv_heads, capacity, head_dim) = _compute_dtype(q), keys.shape[1:]
+    rows = q.to(dtype).unflatten(1, (n_kv_heads, -1))  # (B, K, G, h)
+    scores = rows @ keys.to(dtype).transpose(2, 3) * head_dim ** -0.5  # (B, K, G, T)
+    hidden = (torch.arange(capacity, device=q.device) >= lengths[:, None])[:, None, None]  # (B, 1, 1, T)
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1).masked_fill(hidden, 0)  # an empty row's are nan, then 0
+    return (weights @ values.to(dtype)).flatten(1, 2).to(q.dtype)
+
+
+@_jit
+def _decode_attention_kernel(q, keys, values, lengths, y, lse, stride_b, stride_k, parts, SCALE: tl.constexpr,
+                             GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_H: tl.constexpr,
+                             BLOCK_T: tl.constexpr, WIDEN: tl.constexpr):
+    """One program: one part of the used columns of one row and kv head, for the G query heads that share it. Softmax online
+    (Milakov & Gimelshein 2018): the running maximum and sum rescale what is there. Grid: parts, K, B.
+
+    y (B, K, parts, G, h) is the attention to the part alone, lse (B, K, parts, G) the base-2 logarithm of its weight."""
+    part, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    length = tl.load(lengths + row).to(tl.int32)
+    columns = tl.cdiv(tl.cdiv(length, parts), BLOCK_T) * BLOCK_T
+    start, end = part * columns, tl.minimum(part * columns + columns, length)
+    g, c, t = tl.arange(0, BLOCK_G)[:, None], tl.arange(0, BLOCK_H)[None, :], tl.arange(0, BLOCK_T)[:, None]
+    is_g, is_c, program = g < GROUP, c < HEAD_DIM, row * tl.num_programs(1) + head
+    q_g = tl.load(q + (program * GROUP + g) * HEAD_DIM + c, mask=is_g & is_c, other=0.0)  # (G, h)
+    cache = row * stride_b + head * stride_k + c
+    top = tl.full((BLOCK_G, 1), -1e30, tl.float32)
+    total, sums = tl.zeros((BLOCK_G, 1), tl.float32), tl.zeros((BLOCK_G, BLOCK_H), tl.float32)
+    for first in range(start, end, BLOCK_T):
+        column = first + t  # (T, 1)
+        k = tl.load(keys + cache + column * HEAD_DIM, mask=(column < end) & is_c, other=0.0)  # (T, h)
+        v = tl.load(values + cache + column * HEAD_DIM, mask=(column < end) & is_c, other=0.0)
+        if WIDEN:
+            k, v = k.to(tl.float32), v.to(tl.float32)
+        scores = tl.dot(q_g.to(k.dtype), tl.trans(k), input_precision="ieee") * SCALE  # (G, T)
+        scores = tl.where(tl.trans(column) < end, scores, -1e30)
+        higher = tl.maximum(top, tl.max(scores, axis=1, keep_dims=True))
+        weights, keep = tl.exp2(scores - higher), tl.exp2(top - higher)  # (G, T), (G, 1)
+        total = total * keep + tl.sum(weights, axis=1, keep_dims=True)
+        sums = sums * keep + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        top = higher
+    out = (program * tl.num_programs(0) + part) * GROUP + g
+    tl.store(y + out * HEAD_DIM + c, sums / tl.maximum(total, 1e-30), mask=is_g & is_c)
+    tl.store(lse + out, top + tl.log2(tl.maximum(total, 1e-30)), mask=is_g)
+
+
+def _decode_attention_triton(q, keys, values, lengths):
+    batch, n_kv_heads, capacity, head_dim = keys.shape
+    group, block_h = q.shape[1] // n_kv_heads, max(16, triton.next_power_of_2(head_dim))  # tl.dot takes 16 or more
+    parts = _segments(batch * n_kv_heads, capacity, q.device)
+    y = torch.empty(batch, n_kv_heads, parts, group, head_dim, device=q.device)
+    lse = torch.empty(batch, n_kv_heads, parts, group, device=q.device)
+    _decode_attention_kernel[parts, n_kv_heads, batch](
+        q.contiguous(), keys, values, lengths, y, lse, *keys.stride()[:2], parts, SCALE=head_dim ** -0.5 * LOG2_E,
+        GROUP=group, HEAD_DIM=head_dim, BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_H=block_h, BLOCK_T=64,
+        WIDEN=triton.knobs.runtime.interpret, **FUSED)  # Triton's interpreter multiplies no bfloat16
+    if parts > 1:  # each part weighs 2^lse
+        weights = torch.softmax(lse / LOG2_E, dim=2)  # (B, K, parts, G)
+        y = (y * weights[..., None]).sum(2, keepdim=True)
+    return y.view(batch, -1, head_dim).to(q.dtype)
+
+
+def decode_attention(q, keys, values, lengths, backend="auto"):
+    """Attention of each row's newest token to its cache: softmax(q k^T / sqrt(h)) v over the row's first `lengths` columns.
+
+    q (B, H, h), keys and values (B, K, T, h), lengths (B,) integers -> (B, H, h) in q's dtype; an empty row gives 0. Query
+    heads g G .. g G + G - 1 share kv head g, G = H / K. Nothing is read behind a row's end, and lengths stay where they are:
+    no waiting for the host. Sums are float32. backend "torch" is the reference.
+    """
+    _check("q", q, (None, None, None), "(B, H, h)")
+    _check("keys", keys, (q.shape[0], None, None, q.shape[2]), "(B, K, T, h)")
+    _check("values", values, tuple(keys.shape), "(B, K, T, h)")
+    _check("lengths", lengths, (q.shape[0],), "(B,)")
+    if q.shape[1] % keys.shape[1]:
+        raise ValueError(f"q has {q.shape[1]} heads and keys {keys.shape[1]}, expected a multiple")
+    in_place = keys.stride()[2:] == values.stride()[2:] == (q.shape[2], 1) and keys.stride() == values.stride()
+    if _steps_by_triton(backend, q, keys, values, lengths) and in_place:
+        return _decode_attention_triton(q, keys, values, lengths)
+    return decode_attention_ref(q, keys, values, lengths)
+
+
 # ------------------------------------------------------------------------------------------------ check
 PARAMETERS, TIMED = {"A", "D", "dt_bias", "weight", "bias"}, {"x", "dt", "z", "B", "C", "log_decay"}
 
@@ -964,6 +1047,10 @@ def _cases(batch, length, d_inner, d_state, dtype, device):
         functions["ref"] = _as_sequence(partial(sequence, **options))
         token = {name: u[:, 0] if name in TIMED else u for name, u in inputs.items()}
         yield step.__name__, False, functions, token, exponentials
+    keys, values = torch.randn(2, batch, matrices["x"].shape[2], length, matrices["x"].shape[3], device=device).to(dtype)
+    cache = dict(q=keys[:, :, 0].repeat(1, 4, 1), keys=keys, values=values,  # 4 query heads to a kv head
+                 lengths=torch.full((batch,), length, device=device))
+    yield "decode_attention", False, {name: partial(decode_attention, backend=name) for name in backends}, cache, 0
 
 
 def _results(function, inputs, gradients):

@@ -15,6 +15,7 @@ script.
 """
 import contextlib
 import datetime
+import itertools
 import json
 import os
 import sys
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 from data import (Parser, at_least, choose_subset, find_models, load_task, load_tokenizer, prompt_template, read_json,
                   refuse_other_settings, run, write_json)
-from model import LM, choose_device, columns_read, device_name, fingerprint
+from model import LM, CacheReads, choose_device, columns_read, device_name, fingerprint
 from reward import AGGREGATE, RewardModel, batches, process_text, verifier_text
 
 # ------------------------------------------------------------------------------------------------ random numbers
@@ -110,50 +111,111 @@ class Completion:
 
 
 class Prompts:
-    """Every problem's prompt, run through the model once, alone, when first needed: no padding, nothing repeated.
+    """Every problem's prompt, run through the model once, when first needed, packed with the others that are: no padding.
 
-    Kept until the last of the problem's samples has started from it.
+    Kept until the last of the problem's samples has started from it. Each sample gets a copy of its keys and values: sharing
+    them would need caches in pages, for the little that prompts are of a batch in which few rows have the same problem.
     """
+    TOKENS = 8192  # packed into one row, so that memory stays bounded however many prompts there are
 
     def __init__(self, lm, prompts, todo):
         self.lm, self.prompts, self.ready = lm, prompts, {}
         self.uses = np.bincount([problem for problem, _ in todo], minlength=len(prompts))
 
-    def start(self, problem):
-        """(state of one row after the prompt, logits (V,) of the first token)."""
-        if problem not in self.ready:
-            prompt = torch.tensor([self.prompts[problem]], device=self.lm.device)
-            state = self.lm.init_state(1, prompt.shape[1])
-            self.ready[problem] = state, self.lm(prompt, state)[0, -1]
-        self.uses[problem] -= 1
-        return self.ready[problem] if self.uses[problem] else self.ready.pop(problem)
+    def packs(self, problems):
+        """The problems in groups whose prompts have up to TOKENS tokens together, or of one problem."""
+        pack, tokens = [], 0
+        for problem in problems:
+            tokens += len(self.prompts[problem])
+            if pack and tokens > self.TOKENS:
+                yield pack
+                pack, tokens = [], len(self.prompts[problem])
+            pack.append(problem)
+        if pack:
+            yield pack
+
+    def start(self, problems):
+        """Yields for each (state of one row after the prompt, logits (V,) of the first token)."""
+        for pack in self.packs([problem for problem in dict.fromkeys(problems) if problem not in self.ready]):
+            self.ready |= zip(pack, zip(*self.lm.prefill([self.prompts[problem] for problem in pack])))
+        for problem in problems:
+            self.uses[problem] -= 1
+            yield self.ready[problem] if self.uses[problem] else self.ready.pop(problem)
+
+
+def recorded(step, device):
+    """On a GPU the kernels of a step as a CUDA graph, launched all at once; elsewhere the step itself."""
+    if device.type != "cuda":
+        return step
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()  # recorded, not run
+    return graph.replay
 
 
 class Batch:
-    """The rows being decoded. What every step needs is in tensors; Python touches a row only when it starts or ends."""
-    SORT_EVERY, SORT_ABOVE = 16, 1.2  # steps between checks; cache columns read per column needed that call for a sort
+    """The rows being decoded. A step is made of tensors alone, which stay where they are; the host looks at them every
+    VISIT_EVERY steps: it reads out the rows that are done and starts others in their place. Done rows run along till then.
+    """
+    VISIT_EVERY = dict(cpu=1, cuda=8)  # on a GPU the host waits for the device then, and the device for the host
+    SORT_EVERY, SORT_ABOVE = 16, 1.2  # visits between checks; cache columns read per column needed that call for a sort
 
-    def __init__(self, lm, size, max_length, max_new_tokens):
-        self.state = lm.init_state(size, max_length)
-        self.has_attention = "attention" in lm.config.mixers
-        self.clock = 0
+    def __init__(self, lm, size, max_length, max_new_tokens, stop_ids, choose):
+        self.lm, self.choose, self.max_new_tokens = lm, choose, max_new_tokens
+        self.state, self.device = lm.init_state(size, max_length), lm.device
+        self.sorts = "attention" in lm.config.mixers and self.device.type not in CacheReads.ON_DEVICE
+        self.clock, self.replay = 0, None
         self.owner = [None] * size  # (problem, sample) of each row, None if it is empty
-        self.logits = torch.zeros(size, lm.config.vocab_size, device=lm.device, dtype=lm.dtype)
-        self.keys = torch.zeros(size, dtype=torch.long, device=lm.device)
-        self.steps = torch.zeros(size, dtype=torch.long, device=lm.device)
-        self.tokens = torch.zeros(size, max_new_tokens, dtype=torch.long, device=lm.device)
+        self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.long, device=self.device)
+        self.logits = torch.zeros(size, lm.config.vocab_size, device=self.device, dtype=lm.dtype)
+        self.keys, self.steps = torch.zeros(2, size, dtype=torch.long, device=self.device)
+        self.tokens = torch.zeros(size, max_new_tokens + 1, dtype=torch.long, device=self.device)  # one more: see step
+        self.stopped = torch.zeros(size, dtype=torch.bool, device=self.device)
+        self.done = torch.ones(size, dtype=torch.bool, device=self.device)  # stopped, at full length, or empty
 
-    def start(self, row, owner, key, state, logits):
-        """Begin a completion in an empty row."""
-        self.owner[row], self.keys[row], self.steps[row], self.logits[row] = owner, key, 0, logits
-        self.state.put(row, state)
+    def start(self, rows, owners, seed, starts):
+        """Begin completions in empty rows."""
+        for row, owner, (state, logits) in zip(rows, owners, starts):
+            self.owner[row], self.logits[row] = owner, logits
+            self.state.put(row, state)
+        rows = torch.tensor(rows, dtype=torch.long, device=self.device)
+        self.keys[rows] = torch.tensor([row_key(seed, *owner) for owner in owners], device=self.device)
+        for flags in (self.steps, self.stopped, self.done):
+            flags[rows] = 0
 
-    def finish(self, row, stopped, seconds):
-        """Empty a row and yield its Completion; nothing if it was empty already."""
-        if self.owner[row] is not None:
-            tokens = self.tokens[row, :self.steps[row]].tolist()
-            yield Completion(*self.owner[row], tokens[:-1] if stopped else tokens, "stop" if stopped else "length", seconds)
-        self.owner[row], self.steps[row], self.state.lengths[row] = None, 0, 0
+    def step(self):
+        """One more token in every row that is not done. No data reaches the host, and nothing here depends on any.
+
+        A done row starts over at length 0 with each step, and leaves its token behind its end, where nobody looks.
+        """
+        tokens = self.choose(self.logits, uniforms(self.keys, self.steps))  # (B,)
+        self.tokens.scatter_(1, self.steps[:, None], tokens[:, None])
+        busy = ~self.done
+        self.steps += busy
+        self.stopped |= busy & (tokens[:, None] == self.stop_ids).any(1)
+        self.done |= self.stopped | (self.steps == self.max_new_tokens)
+        self.state.lengths.masked_fill_(self.done, 0)
+        self.logits.copy_(self.lm(tokens[:, None], self.state)[:, -1])
+
+    def run(self):
+        """The steps until the host's next visit."""
+        for _ in range(self.VISIT_EVERY.get(self.device.type, 1)):
+            if self.replay:
+                self.replay()
+            else:
+                self.step()  # the first runs as it is: kernels are compiled then, which can't be recorded
+                self.replay = recorded(self.step, self.device)
+
+    def finished(self):
+        """Rows that are done and not read out yet: here the host waits for the device."""
+        return [row for row, done in enumerate(self.done.tolist()) if done and self.owner[row] is not None]
+
+    def read(self, rows, seconds):
+        """Yield the Completions of these rows and empty them."""
+        columns = (tensor[rows].tolist() for tensor in (self.tokens, self.steps, self.stopped))
+        for row, tokens, steps, stopped in zip(rows, *columns):
+            owner, self.owner[row] = self.owner[row], None
+            yield Completion(*owner, tokens[:steps - stopped], "stop" if stopped else "length", seconds)
 
     def tidy(self):
         """Drop empty rows once a quarter is empty, and sort by length when attention would read much for nothing.
@@ -162,19 +224,20 @@ class Batch:
         """
         busy = [row for row, owner in enumerate(self.owner) if owner is not None]
         if len(busy) <= 0.75 * len(self.owner):
-            self.select(torch.tensor(busy, dtype=torch.long, device=self.steps.device))
+            self.select(torch.tensor(busy, dtype=torch.long, device=self.device))
         self.clock += 1
-        if busy and self.has_attention and self.clock % self.SORT_EVERY == 0:
+        if busy and self.sorts and self.clock % self.SORT_EVERY == 0:
             if columns_read(self.state.lengths) > self.SORT_ABOVE * int(self.state.lengths.sum()):
                 self.select(self.state.lengths.argsort())
         return bool(busy)
 
     def select(self, rows):
-        """Keep these rows, in this order."""
+        """Keep these rows, in this order: other tensors, so what was recorded is void."""
+        self.replay = None
         self.state.select(rows)
         self.owner = [self.owner[row] for row in rows.tolist()]
-        self.logits, self.keys, self.steps, self.tokens = (
-            t[rows] for t in (self.logits, self.keys, self.steps, self.tokens))
+        self.logits, self.keys, self.steps, self.tokens, self.stopped, self.done = (
+            t[rows] for t in (self.logits, self.keys, self.steps, self.tokens, self.stopped, self.done))
 
 
 @torch.inference_mode()
@@ -183,10 +246,10 @@ def generate(lm, prompts, *, num_samples=1, max_new_tokens=256, temperature=1.0,
     """Complete every prompt num_samples times; yields a Completion as soon as it is finished.
 
     prompts: lists of token ids, of any lengths. Order: every problem's sample 0 first, then every sample 1, ...
-    `skip` holds (problem, sample) pairs not to run. A finished row's place is taken at once by the next in line; when
-    none is left the batch shrinks. top_k and top_p act after temperature; temperature 0 is greedy. The random number of
-    a step depends on (seed, problem, sample, step) alone, so batch_size and skip do not change a text (up to
-    floating-point ties). Raises ValueError for an empty prompt or a setting out of range.
+    `skip` holds (problem, sample) pairs not to run. A finished row's place is taken at once (on a GPU within a few steps) by
+    the next in line; when none is left the batch shrinks. top_k and top_p act after temperature; temperature 0 is greedy.
+    The random number of a step depends on (seed, problem, sample, step) alone, so batch_size and skip do not change a text
+    (up to floating-point ties). Raises ValueError for an empty prompt or a setting out of range.
     """
     check_settings(prompts, num_samples, max_new_tokens, temperature, top_k, top_p, batch_size)
     began = time.perf_counter()
@@ -195,23 +258,21 @@ def generate(lm, prompts, *, num_samples=1, max_new_tokens=256, temperature=1.0,
             if (problem, sample) not in skip]
     if not todo:
         return
+    def choose(logits, u):
+        return choose_tokens(logits, u, temperature, top_k, top_p)
+
     starts, queue = Prompts(lm, prompts, todo), iter(todo)
-    batch = Batch(lm, min(batch_size, len(todo)), max(map(len, prompts)) + max_new_tokens, max_new_tokens)
-    stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=lm.device)
-    empty = range(len(batch.owner))
+    batch = Batch(lm, min(batch_size, len(todo)), max(map(len, prompts)) + max_new_tokens, max_new_tokens, stop_ids, choose)
     while True:
-        for row, owner in zip(empty, queue):
-            batch.start(row, owner, row_key(seed, *owner), *starts.start(owner[0]))
+        rows = [row for row, owner in enumerate(batch.owner) if owner is None]
+        owners = list(itertools.islice(queue, len(rows)))
+        if owners:
+            batch.start(rows[:len(owners)], owners, seed, starts.start([problem for problem, _ in owners]))
         if not batch.tidy():
             return
-        tokens = choose_tokens(batch.logits, uniforms(batch.keys, batch.steps), temperature, top_k, top_p)
-        stopped = torch.isin(tokens, stops)
-        batch.tokens.scatter_(1, batch.steps[:, None], tokens[:, None])
-        batch.steps += 1
-        empty = (stopped | (batch.steps == max_new_tokens)).nonzero()[:, 0].tolist()
-        for row in empty:
-            yield from batch.finish(row, bool(stopped[row]), time.perf_counter() - began)
-        batch.logits = lm(tokens[:, None], batch.state)[:, -1]  # empty rows run along until someone takes their place
+        batch.run()
+        if rows := batch.finished():
+            yield from batch.read(rows, time.perf_counter() - began)
 
 
 def check_settings(prompts, num_samples, max_new_tokens, temperature, top_k, top_p, batch_size):
@@ -308,7 +369,7 @@ def sample_model(model_folder, folder, problems, args):
     Of several processes each takes every world()-th problem and appends to the same file. Their clocks
     start together, so that `seconds` means the same in every record.
     """
-    lm = LM.from_pretrained(model_folder, args.device, args.dtype).eval()
+    lm = LM.from_pretrained(model_folder, args.device, args.dtype).eval().fuse()
     tokenizer, template = load_tokenizer(model_folder), prompt_template(args.task, args.prompt_file)
     prompts = [tokenizer.chat(template.replace("{question}", problem.question)) for problem in problems]
     check_settings(prompts, args.num_samples, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.batch_size)

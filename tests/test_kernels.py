@@ -1,6 +1,7 @@
 """What kernels.py promises: every fast path equals a literal loop, in values and in every gradient; one token at a time
 equals the whole sequence; strong decay, long sequences and low precision stay accurate; memory does not grow with states."""
 import itertools
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -400,6 +401,44 @@ def test_autocast_changes_nothing():
     with torch.autocast("cpu", torch.bfloat16):
         found = everything()
     assert all(torch.equal(a, b) for a, b in zip(found, wanted))
+
+
+# ------------------------------------------------------------------------------------------------ attention to a cache
+def attention_inputs(lengths, heads=4, kv_heads=2, capacity=9, head_dim=8, dtype=torch.float32):
+    """Random caches; what lies behind a row's end is large, so that a glance at it shows."""
+    generator = torch.Generator().manual_seed(0)
+    q, keys, values = (torch.randn(shape, generator=generator) for shape in (
+        (len(lengths), heads, head_dim), *2 * [(len(lengths), kv_heads, capacity, head_dim)]))
+    for row, length in enumerate(lengths):
+        keys[row, :, length:], values[row, :, length:] = 50, 1e4
+    return dict(q=q.to(dtype), keys=keys.to(dtype), values=values.to(dtype), lengths=torch.tensor(lengths))
+
+
+def attention_loop(q, keys, values, lengths):
+    """One row, head and column at a time, in float64."""
+    y, group = torch.zeros(q.shape, dtype=torch.float64), q.shape[1] // keys.shape[1]
+    for row, length in enumerate(lengths.tolist()):
+        for head in range(q.shape[1]):
+            k, v = keys[row, head // group].double(), values[row, head // group].double()
+            weights = [math.exp(q[row, head].double() @ k[t] / q.shape[2] ** 0.5) for t in range(length)]
+            for t in range(length):
+                y[row, head] += weights[t] / sum(weights) * v[t]
+    return y
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (6, 1)])
+def test_decode_attention_equals_the_definition(heads, kv_heads):
+    """An empty row gives 0; a full one reads all columns."""
+    inputs = attention_inputs([0, 1, 9, 4], heads, kv_heads)
+    torch.testing.assert_close(kernels.decode_attention(**inputs).double(), attention_loop(**inputs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name, shape, message", [
+    ("q", (2, 3, 8), "3 heads"), ("q", (2, 8), "q has shape"), ("keys", (2, 2, 9, 7), "keys has shape"),
+    ("values", (2, 2, 8, 8), "values has shape"), ("lengths", (3,), "lengths has shape")])
+def test_decode_attention_names_the_tensor_of_wrong_shape(name, shape, message):
+    with pytest.raises(ValueError, match=message):
+        kernels.decode_attention(**attention_inputs([1, 2]) | {name: torch.ones(shape)})
 
 
 # ------------------------------------------------------------------------------------------------ causal convolution

@@ -14,7 +14,8 @@ import torch
 
 pytest.importorskip("triton")
 import kernels
-from test_kernels import OPTIONS, ROOT, TOLERANCE, assert_same, conv_inputs, in_double, results, scan_inputs, ssd_inputs
+from test_kernels import (OPTIONS, ROOT, TOLERANCE, assert_same, attention_inputs, conv_inputs, in_double, results, scan_inputs,
+                          ssd_inputs)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -165,6 +166,29 @@ def test_causal_conv_step_token_by_token_is_causal_conv(dtype, contiguous):
     assert torch.equal(state, last)
 
 
+# ------------------------------------------------------------------------------------------------ attention to a cache
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 4, 64), (6, 2, 20), (18, 1, 8)])
+def test_decode_attention_equals_its_reference(heads, kv_heads, head_dim, dtype, parts, monkeypatch):
+    """Rows that are empty, of one token, around a block of 64 columns and full, in one part or cut into several of which some
+    are empty; query heads that fill their tile and that don't."""
+    monkeypatch.setattr(kernels, "_segments", lambda programs, length, device: parts)
+    inputs = on_device(attention_inputs([0, 1, 63, 64, 65, 130, 200], heads, kv_heads, 200, head_dim, dtype))
+    found = kernels.decode_attention(**inputs, backend="triton")
+    assert found.dtype == dtype
+    wanted = kernels.decode_attention(**inputs | {name: inputs[name].double() for name in ("q", "keys", "values")}, backend="ref")
+    torch.testing.assert_close(found.double(), wanted, rtol=TOLERANCE[dtype][0], atol=TOLERANCE[dtype][1])
+
+
+def test_decode_attention_reads_the_rows_of_a_batch_that_has_shrunk():
+    """A State keeps the first rows of wider tensors; the caches of layers lie in one tensor."""
+    inputs = on_device(attention_inputs([5, 70, 8], capacity=80))
+    narrow = {name: tensor[:2] for name, tensor in inputs.items()}
+    found = kernels.decode_attention(**narrow, backend="triton")
+    torch.testing.assert_close(found, kernels.decode_attention_ref(**inputs)[:2], rtol=1e-5, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------ which backend
 def test_float64_is_refused_by_name():
     inputs = on_device(in_double(scan_inputs()))
@@ -204,6 +228,7 @@ def launches(dtype, d_state):
     conv = conv_inputs(1, 40, 128, 4, torch.float32) | {"x": torch.zeros(1, 40, 128, dtype=dtype)}
     kernels.causal_conv(**conv, backend="triton")
     kernels.causal_conv_step(conv["state"], conv["x"][:, 0], conv["weight"], conv["bias"], backend="triton")
+    kernels.decode_attention(**attention_inputs([9, 5], heads=6, head_dim=64, dtype=dtype), backend="triton")
     return recorded
 
 
@@ -212,7 +237,7 @@ def compile_for(capability, kernel, arguments):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+    types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
     constants = {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr or arguments[p.name] is None}
     signature = {p.name: "constexpr" if p.name in constants else types[arguments[p.name].dtype]
                  if isinstance(arguments[p.name], torch.Tensor) else "i32" for p in kernel.params}

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+import kernels
+import model
 from model import LM, Config, choose_device, rope_frequencies, student_from
 
 LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
@@ -136,6 +138,31 @@ def test_decoding_equals_one_forward_pass(make_lm, pattern, splits):
     assert_near(decode(lm, tokens, splits), lm(tokens))
 
 
+def test_packed_prompts_are_as_if_run_alone(make_lm, pattern):
+    """Logits and every tensor of the state. Red if a prompt's attention, convolution or scan sees the prompt before it."""
+    lm, prompts = make_lm(pattern, rope_scaling=LLAMA3), [random_tokens(n, seed=n).tolist() for n in (5, 1, 13, 2, 5)]
+    states, logits = lm.prefill(prompts)
+    for prompt, state, last in zip(prompts, states, logits, strict=True):
+        alone = lm.init_state(1, len(prompt))
+        assert_near(last, lm(torch.tensor([prompt]), alone)[0, -1])
+        assert state.lengths.tolist() == alone.lengths.tolist() == [len(prompt)]
+        for mine, theirs in zip(state.layers, alone.layers, strict=True):
+            for name, tensor in theirs.items():
+                assert mine[name].shape == tensor.shape
+                assert_near(mine[name], tensor)
+
+
+@pytest.mark.parametrize("in_kernels", [False, True])
+def test_decoding_as_on_a_gpu(make_lm, pattern, monkeypatch, in_kernels):
+    """Attention to the cache by the lengths on the device; by the interpreted Triton kernels too, with all of the others."""
+    if in_kernels:
+        pytest.importorskip("triton")
+        monkeypatch.setattr(kernels, "_use_triton", lambda backend, *tensors: True)
+    monkeypatch.setattr(model.CacheReads, "ON_DEVICE", ("cpu",))
+    lm, tokens = make_lm(pattern), random_tokens(2, 8)
+    assert_near(decode(lm, tokens, [5, 1, 1, 1]), lm(tokens))
+
+
 def ragged_state(lm, prompts, room):
     """A batch whose row i has seen prompts[i]: prefilled one by one, then put side by side."""
     state = lm.init_state(len(prompts), max(map(len, prompts)) + room)
@@ -244,6 +271,40 @@ def test_bfloat16_stays_close_to_float32(make_lm, pattern, tmp_path):
         for found in (half(tokens), decode(half, tokens, [5, 1, 1, 5])):
             assert found.dtype == torch.bfloat16
             assert (found.float() - logits).norm() < 0.03 * logits.norm()
+
+
+# ------------------------------------------------------------------------------------------------ fused weights
+@pytest.mark.parametrize("packed", [False, True])
+def test_fused_weights_give_the_same_logits(make_lm, pattern, monkeypatch, packed):
+    """Red if joined layers are split in another order than they were joined. Fusing twice is fusing once."""
+    monkeypatch.setattr(model, "PACK_FROM", 0 if packed else 2 ** 30)
+    lm, tokens = make_lm(pattern), random_tokens(3, 9)
+    expected, size = lm(tokens), lm.num_parameters()
+    assert_near(lm.fuse().fuse()(tokens), expected)
+    assert_near(decode(lm, tokens, [4, 1, 1, 3]), expected)
+    assert lm.num_parameters() == size
+
+
+def test_fused_weights_are_views_and_take_no_more_memory(make_lm, pattern):
+    """What is saved stays what it was, name by name."""
+    lm = make_lm(pattern, tie_embeddings=False)
+    before = {name: tensor.clone() for name, tensor in lm.state_dict().items()}
+    after = lm.fuse().state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    joined = [module for module in lm.modules() if hasattr(module, "joined")]
+    assert joined and all(layer.weight.data_ptr() == layer.joined.data_ptr() for layer in joined)
+    memory = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in after.values()}
+    assert sum(memory.values()) == sum(tensor.numel() * 4 for tensor in before.values())
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+def test_packed_weights_replace_the_plain_ones_but_the_tied_embedding(make_lm, monkeypatch):
+    """The peak of memory is one copy of the weights; a model that can no longer be saved says so."""
+    monkeypatch.setattr(model, "PACK_FROM", 0)
+    lm = make_lm(["attention", "mamba", "mamba2"]).fuse()
+    assert not lm.model.embed_tokens.weight.is_meta
+    assert all(lm.get_parameter(name).is_meta for name in (
+        "model.layers.0.self_attn.k_proj.weight", "model.layers.1.mamba.out_proj.weight", "model.layers.2.mlp.down_proj.weight"))
 
 
 # ------------------------------------------------------------------------------------------------ mixers = their formulas

@@ -1,6 +1,7 @@
 """What sample.py promises: a text depends on (seed, problem, sample) and on nothing else, no place in the batch and no
 prompt is computed for nothing, and a killed run goes on. Tiny random models; the expected texts come from full forward
 passes and from random numbers computed here."""
+import contextlib
 import json
 import os
 import shutil
@@ -14,7 +15,8 @@ from torch.testing import assert_close
 
 import sample
 from data import load_task, load_tokenizer
-from sample import Completion, choose_tokens, generate, row_key, uniforms
+from model import CacheReads
+from sample import Batch, Completion, choose_tokens, generate, row_key, uniforms
 
 PROMPTS = [[7, 3], [1] * 11, [20, 21, 22, 23, 24], [5, 9, 9], [30, 2, 31, 2, 30, 2, 8]]
 STOPS = [11, 12, 13, 14, 40]
@@ -286,27 +288,74 @@ def test_completions_come_sample_major_when_they_finish(hybrid):
     assert isinstance(done[0], Completion)
 
 
+# ------------------------------------------------------------------------------------------------ steps between visits
+@pytest.mark.parametrize("steps", [2, 7, 100])
+@pytest.mark.parametrize("batch_size", [3, 16])
+def test_texts_do_not_depend_on_how_often_the_host_looks(hybrid, many, monkeypatch, batch_size, steps):
+    """Rows that are done run along until the host comes: red if they write into their text, or out of their cache, or if the
+    row that follows finds anything of theirs."""
+    monkeypatch.setattr(sample.Batch, "VISIT_EVERY", dict(cpu=steps))
+    assert texts(hybrid, batch_size=batch_size, **MANY) == many
+
+
+@pytest.mark.parametrize("settings", [dict(temperature=0), dict(temperature=0.8, top_k=5, top_p=0.9)], ids=str)
+def test_a_step_needs_nothing_from_the_device(make_lm, pattern, monkeypatch, settings):
+    """A CUDA graph records a step without running it. So do tensors on "meta", which have no data: an .item(), a nonzero() or
+    an `if` on a tensor raises there."""
+    monkeypatch.setattr(CacheReads, "ON_DEVICE", ("meta",))
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # knows no "meta"
+    batch = Batch(make_lm(pattern).to("meta"), 3, 9, 4, STOPS, lambda logits, u: choose_tokens(logits, u, **settings))
+    batch.step()
+
+
+def addresses(batch):
+    """Where the tensors of a batch lie, those of its state among them."""
+    tensors = [*vars(batch).values(), batch.state.lengths, *(t for layer in batch.state.layers for t in layer.values())]
+    return [tensor.data_ptr() for tensor in tensors if isinstance(tensor, torch.Tensor)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_what_is_recorded_finds_its_tensors_where_they_were(hybrid, many, monkeypatch, batch_size):
+    """A stand-in for CUDA graphs, which replay on fixed addresses: red if a step or a start puts a new tensor in an old one's
+    place, or if the batch shrinks and the old graph is used on."""
+    recordings = []
+
+    def recorded(step, device):
+        batch = step.__self__
+        before = addresses(batch)
+        recordings.append(len(batch.owner))
+
+        def replay():
+            assert addresses(batch) == before
+            step()
+            assert addresses(batch) == before
+        return replay
+
+    monkeypatch.setattr(sample, "recorded", recorded)
+    monkeypatch.setattr(CacheReads, "ON_DEVICE", ("cpu",))  # as on a GPU: nothing is sorted
+    monkeypatch.setattr(sample.Batch, "VISIT_EVERY", dict(cpu=8))
+    assert texts(hybrid, batch_size=batch_size, **MANY) == many
+    assert recordings == sorted(recordings, reverse=True) and len(recordings) == len(set(recordings)) <= 1 + batch_size // 2
+
+
 # ------------------------------------------------------------------------------------------------ no work for nothing
 class Watch:
-    """Shapes (B, L) of the model's forward passes."""
+    """Rows of the model's decoding steps, and the prompts of each of its prefills."""
 
     def __init__(self, lm):
-        self.shapes = []
-        self.hook = lm.register_forward_pre_hook(lambda module, inputs: self.shapes.append(tuple(inputs[0].shape)))
+        self.lm, self.rows, self.prefills = lm, [], []
+        self.hook = lm.register_forward_pre_hook(lambda module, inputs: self.rows.append(len(inputs[0])))
 
     def __enter__(self):
+        def prefill(prompts):
+            self.prefills.append(prompts)
+            return type(self.lm).prefill(self.lm, prompts)
+        self.lm.prefill = prefill
         return self
 
     def __exit__(self, *exception):
         self.hook.remove()
-
-    @property
-    def prefills(self):
-        return sum(length > 1 for _, length in self.shapes)
-
-    @property
-    def rows(self):
-        return [rows for rows, length in self.shapes if length == 1]
+        del self.lm.prefill
 
 
 def simulate(lengths, batch_size):
@@ -338,13 +387,21 @@ def test_a_finished_rows_place_is_taken_at_once(hybrid, many, batch_size):
 def test_a_prompt_is_run_once_for_all_its_samples(hybrid):
     with Watch(hybrid) as watch:
         texts(hybrid, batch_size=16, **MANY)
-    assert watch.prefills == len(PROMPTS)
+    assert watch.prefills == [PROMPTS]  # all at once
+
+
+def test_prompts_are_packed_up_to_a_number_of_tokens(hybrid, many, monkeypatch):
+    """Memory stays bounded however many prompts there are, and one that is longer than that still runs, alone."""
+    monkeypatch.setattr(sample.Prompts, "TOKENS", 8)
+    with Watch(hybrid) as watch:
+        assert texts(hybrid, batch_size=16, **MANY) == many
+    assert watch.prefills == [[PROMPTS[0]], [PROMPTS[1]], PROMPTS[2:4], [PROMPTS[4]]]
 
 
 def test_a_prompt_with_nothing_left_to_do_is_not_run(hybrid, many):
     with Watch(hybrid) as watch:
         texts(hybrid, batch_size=16, **MANY, skip=[pair for pair in many if pair[0] != 3])
-    assert watch.prefills == 1
+    assert watch.prefills == [[PROMPTS[3]]]
 
 
 @pytest.mark.parametrize("settings, value", [
