@@ -8,13 +8,14 @@ Writes  out/bench.jsonl, a line per measurement; python plot.py draws them. Reru
 The protocol of the literature: random prompts of one length, a fixed number of new tokens, no stop token. Every row of the
 batch is decoded as sample.py decodes it (temperature 0.8). Prompts are timed by themselves. Decoding is timed after a
 warm-up, either every step or, where that takes too long, a few steps at several lengths of the context, between which
-the time is interpolated; a line says which. KV caches and SSM states hold random numbers: zeros move no slower, but a GPU
-computes faster with them. The models take turns, several times, each alone in memory, and the ratio to the Transformer is
-the median of those of the turns.
+the time is interpolated; a line says which. KV caches and SSM states hold random numbers. The models take turns, several
+times, each alone in memory, and the ratio to the Transformer is the median of those of the turns.
 
 Contents: shapes, the engine, time, bytes, memory, a measurement, the table, the script.
 """
 import collections
+import ctypes
+import dataclasses
 import datetime
 import gc
 import itertools
@@ -22,7 +23,6 @@ import json
 import os
 import statistics
 import time
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ import kernels
 from data import Parser, at_least
 from memory import free_memory, sampling_memory, state_tensors, weight_bytes
 from model import FLOAT32_PARAMETERS, LM, Config, choose_device, device_name, shapes_only
-from sample import Batch, Prompts, choose_tokens, read_samples, uniforms
+from sample import Batch, Prompts, choose_tokens, read_samples, row_key, uniforms
 
 # ------------------------------------------------------------------------------------------------ shapes
 SHAPES = {
@@ -52,7 +52,7 @@ def config_of(shape, pattern):
     config = Config(**SHAPES[shape])
     mixer, attention = HYBRIDS[shape] if pattern == "hybrid" else ("mamba2", ())
     mixers = ["attention" if pattern == "transformer" or i in attention else mixer for i in range(config.n_layers)]
-    return Config(**SHAPES[shape], mixers=mixers)
+    return dataclasses.replace(config, mixers=mixers)
 
 
 def random_model(config, device, dtype):
@@ -84,7 +84,7 @@ class Engine:
         rows = [(row, 0) for row in range(count)]
         prompts = Prompts(self.lm, self.prompts, rows)
         for row, owner in enumerate(rows):
-            self.batch.start(row, owner, row, *prompts.start(row))
+            self.batch.start(row, owner, row_key(0, *owner), *prompts.start(row))
 
     def seek(self, context):
         """Put all rows at this length of the context."""
@@ -181,6 +181,9 @@ def peak(device, anew=False):
     if not os.access("/proc/self/clear_refs", os.W_OK):
         return 0
     if anew:
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):  # glibc keeps what was freed: the next model would seem to need nothing
+            libc.malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as f:
             f.write("5")
     with open("/proc/self/status") as f:
@@ -188,7 +191,7 @@ def peak(device, anew=False):
 
 
 # ------------------------------------------------------------------------------------------------ a measurement
-@dataclass
+@dataclasses.dataclass
 class Run:
     """One turn of one model."""
     prefill: float  # seconds per prompt, of
@@ -259,7 +262,7 @@ def measured(runs, transformer, batch, prompt, moved, bandwidth):
     contexts, times = [context for context, _ in runs[0].points], zip(*([t for _, t in run.points] for run in runs))
     values = (runs[0].method, runs[0].prompts, prompt / statistics.median(run.prefill for run in runs), batch / step, 1e3 * step,
               (max(every) - min(every)) / step, moved / step / bandwidth, max(run.memory or 0 for run in runs) or None,
-              statistics.median(ratios) if ratios else None, contexts, [1e3 * statistics.median(turns) for turns in times])
+              statistics.median(ratios) if ratios else None, contexts, [round(1e3 * statistics.median(turns), 5) for turns in times])
     return dict(zip(MEASURED, values))
 
 
