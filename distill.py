@@ -11,8 +11,8 @@ Writes  out/<name>/: config.json, model.safetensors, tokenizer; metrics.jsonl (t
 A killed run goes on from its last checkpoint when the same command is run again, and ends where it would have ended,
 on whatever number of processes.
 
-Contents: losses, batches, schedule and optimiser, processes, memory, the training loop with its checkpoints, the
-teacher, training data, students and their stages, the script.
+Contents: losses, batches, schedule and optimiser, processes, the training loop with its checkpoints, the teacher,
+training data, students and their stages, the script.
 """
 import argparse
 import contextlib
@@ -42,7 +42,8 @@ from tqdm import tqdm
 from data import (Parser, at_least, choose_subset, load_task, load_tokenizer, prompt_template, read_json,
                   refuse_other_settings, run, token_cache, write_json)
 from grade import extract_answer, is_correct
-from model import (LM, Attention, Block, Config, Mamba, Verifier, checkpoint_folder, choose_device, fingerprint, from_hf_config,
+from memory import check_memory
+from model import (LM, Attention, Config, Mamba, Verifier, checkpoint_folder, choose_device, fingerprint, from_hf_config,
                    hub_folder, read_config, student_from)
 from sample import barrier, generate, processes, rank, read_samples, record_of, world
 
@@ -324,81 +325,6 @@ def home(args):
     return args.device if world() == 1 else "cpu"
 
 
-# ------------------------------------------------------------------------------------------------ memory
-def check_memory(config, teacher, pairs, stages, args):
-    """Print what a process needs at its peak; ValueError if the device has less. Nothing is loaded yet."""
-    lengths = pairs.bounds[:, 2] - pairs.bounds[:, 0]
-    longest = min(int(lengths.max()), config.max_length)
-    tokens = max(-(-args.batch_tokens // (world() * args.accumulate)), longest)  # in the largest piece of a batch
-    answers = float((pairs.bounds[:, 2] - pairs.bounds[:, 1]).sum() / lengths.sum())  # share of them that is answers
-    needed = memory_needed(config, teacher, tokens, answers, min(longest, args.matrix_length), stages, args)
-    total, free, most = sum(needed.values()), free_memory(args.device), max(needed, key=needed.get)
-    print(f"memory: about {total / 1e9:.2g} GB per process at the peak, {free / 1e9:.3g} GB free: "
-          + ", ".join(f"{name} {size / 1e9:.2g}" for name, size in needed.items() if size), flush=True)
-    if total > free:
-        smaller = "shorter solutions" if tokens == longest else f"--accumulate {2 * args.accumulate} or more"
-        advice = dict(logits=smaller, activations=smaller if args.checkpoint_activations else "--checkpoint-activations")
-        raise ValueError(f"training needs about {total / 1e9:.3g} GB per process, {free / 1e9:.3g} GB are free, and most is "
-                         f"needed for {most}: try {advice.get(most, 'more processes (torchrun --nproc_per_node=N)')}")
-
-
-def memory_needed(config, teacher, tokens, answers, matrix_length, stages, args):
-    """Bytes per process, by purpose. teacher: its Config or None. Within a quarter of what was measured on CPUs."""
-    width = 2 if args.dtype == torch.bfloat16 else 4  # bytes of what autocast computes
-    with torch.device("meta"):  # shapes without memory
-        size, theirs = LM(config).num_parameters(), LM(teacher).num_parameters() if teacher else 0
-    blocks = {mixer: block_memory(config, mixer, args) for mixer in set(config.mixers)}
-    layers = sum(map(blocks.get, config.mixers))
-    if args.checkpoint_activations:  # the input of every block; one block at a time with its gradients
-        layers = 4 * config.d_model * config.n_layers + 2 * max(blocks.values())
-    if "matrices" in stages:  # five (H, L, L) matrices per layer
-        layers = max(layers if stages - {"matrices"} else 0, 5 * 4 * config.n_heads * matrix_length * config.n_layers)
-    embeddings = 4 * config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2)
-    return {
-        "weights, gradients and moments": 16 * size / world(),
-        "teacher": 4 * theirs / world(),
-        "gathered weights": (world() > 1) * (4 * embeddings + 16 * size / config.n_layers),  # FSDP's, for the moment
-        "copies for autocast": 2 * size if width == 2 and not args.checkpoint_activations else 0,
-        "activations": tokens * layers,
-        # KL: logits of both, then float32 at answer positions: both log-softmaxes, the terms of the KL, a gradient
-        "logits": tokens * config.vocab_size * (2 * width + 18 * answers if "kl" in stages else width + 8)}
-
-
-def block_memory(config, mixer, args):
-    """Bytes per token that autograd keeps of a block, measured: the slope between two lengths."""
-    def run(length):
-        x = torch.randn(1, length, config.d_model, device=args.device, requires_grad=True)
-        rope = [torch.ones(1, 1, length, config.head_dim // 2, device=args.device)] * 2
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.dtype == torch.bfloat16, cache_enabled=False):
-            return block(x, rope)
-    with torch.device(args.device):
-        block = Block(config, mixer)
-    return (kept_bytes(run, 256) - kept_bytes(run, 128)) / 128
-
-
-def kept_bytes(function, length):
-    """Bytes of the tensors that autograd keeps of function(length) for a backward pass."""
-    storages = {}
-
-    def note(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = function(length)  # alive until all are counted: an address is then counted once
-    return sum(storages.values())
-
-
-def free_memory(device):
-    """Bytes that a process may use now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world() > 1 else 1
-    if os.path.exists("/proc/meminfo"):
-        with open("/proc/meminfo") as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable")) // here
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // here
-
-
 # ------------------------------------------------------------------------------------------------ training
 @dataclasses.dataclass
 class Stage:
@@ -622,7 +548,7 @@ def train_teacher(run, config, make, tokenizer, stage, args):
         print(f"{run.folder}: finished")
         return
     pairs = tokenized(worked_solutions(args), tokenizer, args)
-    check_memory(config, None, pairs, {stage.name}, args)
+    check_memory(config, None, pairs, {stage.name}, args, world())
     torch.manual_seed(args.seed)
     lm = make()
     start = 1.0 if stage.name == "sft" else start_length(args)  # what can solve the task already needs no curriculum
@@ -783,7 +709,7 @@ def distill(name, teacher_folder, args, folder=None):
         problems = teacher_solutions(problems, teacher_folder, tokenizer, args)
     pairs = tokenized(problems, tokenizer, args)
     shape = dataclasses.replace(config, mixers=mixers, d_state=args.d_state)
-    check_memory(shape, config, pairs, {stage for stage in steps if steps[stage]}, args)
+    check_memory(shape, config, pairs, {stage for stage in steps if steps[stage]}, args, world())
     teacher = LM.from_pretrained(teacher_folder, home(args), torch.float32).eval().requires_grad_(False)
     torch.manual_seed(args.seed)
     student = student_from(teacher, mixers, args.d_state, not args.random_mixers)
@@ -881,7 +807,7 @@ def graded_completions(settings, generator, tokenizer, args):
 
 def train_verifier(run, graded, teacher_folder, tokenizer, config, args):
     pairs = packed([(g.prompt, g.answer + [int(g.right)]) for g in graded])
-    check_memory(config, None, pairs, {"verifier"}, args)
+    check_memory(config, None, pairs, {"verifier"}, args, world())
     stage = Stage("verifier", args.lr, verdict_loss, steps=args.verifier_steps)
     verifier = verifier_from(LM.from_pretrained(teacher_folder, home(args), torch.float32))
     train(run, prepare(verifier, None, args), [stage], batch_maker(pairs, config, start_length(args), args), args)

@@ -2,14 +2,15 @@
 
     python plot.py                after python grade.py
 
-Reads   out/results.json (grade.py), out/<name>/metrics.jsonl (distill.py), where there is one
+Reads   out/results.json (grade.py), out/<name>/metrics.jsonl (distill.py), where there is one,
+        out/bench.jsonl (sample.py --bench), if there is one: then out/bench.png too, or alone if there are no results
 Writes  out/coverage.png, out/accuracy.png (the majority vote), out/front.png (two models or more), out/selection.png
         (only with scores of a reward model), out/training.png (only if there is a log), out/results.md
 
 A model has the same colour in every figure; the small size of it is dashed, with hollow markers. What a title says is
 computed from the results. Points are measured, the lines between them guide the eye; bands are 95% intervals.
 
-Contents: reading, style, coverage and accuracy, the front, selection, training, the script.
+Contents: reading, style, coverage and accuracy, the front, selection, training, decoding speed, the script.
 """
 import itertools
 import math
@@ -312,6 +313,94 @@ def draw_training(logs, colour):
     return fig
 
 
+# ------------------------------------------------------------------------------------------------ decoding speed
+BENCH = dict(shape=str, pattern=str, device=str, dtype=str, batch=int, prompt=int, generate=int)  # what tells lines apart
+MEASURED = dict(oom=bool, ratio=(int, float, type(None)), contexts=(list, type(None)), ms_at_contexts=(list, type(None)))
+BENCH_COLOURS = {"transformer": COLOURS["teacher"], "pure": COLOURS["pure"], "hybrid": COLOURS["hybrid"]}
+
+
+def read_bench(path):
+    """The lines of bench.jsonl that can be drawn together: of one machine, dtype and prompt length, those of the last line.
+    Of lines of the same settings the last one counts."""
+    rows = read_records(path, BENCH | MEASURED) if os.path.exists(path) else []
+    alike = [row for row in rows if all(row[key] == rows[-1][key] for key in ("device", "dtype", "prompt"))]
+    return list({tuple(row[key] for key in BENCH): row for row in alike}.values())
+
+
+def most_compared(rows, key, other):
+    """The value of `key` at which students are compared with the Transformer at most values of `other`; of these the largest."""
+    count = {}
+    for row in rows:
+        if row["ratio"] is not None:
+            count.setdefault(row[key], set()).add(row[other])
+    return max(count, key=lambda value: (len(count[value]), value), default=max(row[key] for row in rows))
+
+
+def draw_speedup(ax, rows, x, fixed):
+    """How many times as fast as the Transformer, against `x` (batch or generate), at the one value of the other that `fixed`
+    gives; a cross where the Transformer is out of memory. Returns a title, which says what the best is."""
+    rows = sorted((row for row in rows if all(row[key] == value for key, value in fixed.items())), key=lambda row: row[x])
+    best = None
+    for pattern in [name for name in BENCH_COLOURS if name != "transformer"]:
+        line = [row for row in rows if row["pattern"] == pattern and row["ratio"] is not None]
+        if line:
+            ax.plot([row[x] for row in line], [row["ratio"] for row in line], color=BENCH_COLOURS[pattern], label=pattern,
+                    marker=MARKERS[BENCH_COLOURS[pattern]], markersize=6.5, markeredgecolor="white", markeredgewidth=0.8)
+            best = max([best, line[-1]] if best else [line[-1]], key=lambda row: row["ratio"])
+    ax.axhline(1, color=BENCH_COLOURS["transformer"], label="transformer")
+    full = [row[x] for row in rows if row["pattern"] == "transformer" and row["oom"]]
+    ax.plot(full, [1] * len(full), "x", color=INK, markersize=9, markeredgewidth=2.2, label="out of memory" if full else None)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(sorted({row[x] for row in rows}), labels=[f"{value:,}" for value in sorted({row[x] for row in rows})])
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_ylim(0, None)
+    ax.legend(frameon=False, fontsize=11, labelcolor="linecolor", handlelength=1.2)
+    where = {"batch": "{batch:,} rows", "generate": "{generate:,} new tokens"}[x]
+    return f"With {where.format(**best)}, {best['pattern']} decodes {best['ratio']:.1f} times as fast as the Transformer" if best \
+        else "Nothing to compare with the Transformer"
+
+
+def draw_steps(ax, rows, batch):
+    """Milliseconds per step against the tokens in the context, of each pattern's longest run at this batch. Returns a title
+    that says how they grow."""
+    growth = {}
+    for pattern, colour in BENCH_COLOURS.items():
+        lines = [row for row in rows if row["pattern"] == pattern and row["batch"] == batch and not row["oom"]]
+        if lines:
+            row = max(lines, key=lambda row: row["generate"])
+            ax.plot(row["contexts"], row["ms_at_contexts"], color=colour, label=pattern, marker=MARKERS[colour], markersize=6.5,
+                    markeredgecolor="white", markeredgewidth=0.8)
+            growth[pattern] = row["ms_at_contexts"][-1] / row["ms_at_contexts"][0]
+    if not growth:
+        return "No model fits at this batch"
+    ax.set_xlim(0, None)
+    ax.set_ylim(0, None)
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.legend(frameon=False, fontsize=11, labelcolor="linecolor", handlelength=1.2)
+    return "A step's time grows: " + ", ".join(f"{pattern} x{times:.1f}" for pattern, times in growth.items())
+
+
+def draw_bench(rows):
+    """A row of panels per shape: speed-up against batch and against length, and a step's time against the context."""
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    fig, axes = plt.subplots(len(shapes), 3, figsize=(14, 0.6 + 4.3 * len(shapes)), squeeze=False)
+    for shape, (left, middle, right) in zip(shapes, axes):
+        ours = [row for row in rows if row["shape"] == shape]
+        length, batch = most_compared(ours, "generate", "batch"), most_compared(ours, "batch", "generate")
+        titles = (draw_speedup(left, ours, "batch", dict(generate=length)),
+                  draw_speedup(middle, ours, "generate", dict(batch=batch)), draw_steps(right, ours, batch))
+        for ax, title in zip((left, middle, right), titles):
+            ax.set_title(textwrap.fill(title, 36), pad=10)
+        left.set_ylabel(f"{shape}\ntimes as fast as the Transformer")
+        left.set_xlabel(f"rows decoded at a time, {ours[0]['prompt']:,} + {length:,} tokens")
+        middle.set_xlabel(f"new tokens, {batch:,} rows")
+        right.set_xlabel(f"tokens in the context, {batch:,} rows")
+        right.set_ylabel("milliseconds per step")
+    fig.supxlabel(f"{rows[0]['device']}, {rows[0]['dtype']}, random weights", fontsize=11, color=INK)
+    return fig
+
+
 # ------------------------------------------------------------------------------------------------ the script
 def save(fig, path, dpi):
     """Write under a temporary name, then rename."""
@@ -330,6 +419,11 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    if bench := read_bench(os.path.join(args.out, "bench.jsonl")):
+        with plt.rc_context(STYLE):
+            save(draw_bench(bench), os.path.join(args.out, "bench.png"), args.dpi)
+        if not os.path.exists(os.path.join(args.out, "results.json")):
+            return
     results = read_results(args.out)
     models = results["models"]
     scored = {name: m for name, m in models.items() if "weighted" in m}

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from data import (Parser, at_least, choose_subset, find_models, load_task, load_tokenizer, prompt_template, read_json,
                   refuse_other_settings, run, write_json)
+from memory import MOST_ROWS_ON_CPU, choose_batch, free_memory, stored_config
 from model import LM, CacheReads, choose_device, columns_read, device_name, fingerprint
 from reward import AGGREGATE, RewardModel, batches, process_text, verifier_text
 
@@ -304,6 +305,14 @@ def barrier():
         dist.barrier()
 
 
+def least(value):
+    """The smallest of all processes' values."""
+    values = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value)
+    return min(values)
+
+
 @contextlib.contextmanager
 def processes(device):
     """Meet the other processes of torchrun, if there are any. Only the first one prints; they end where the block ends."""
@@ -363,23 +372,33 @@ def write_summary(folder, settings, lm, records_tokens, seconds, name="samples.j
     write_json(os.path.join(folder, name), summary | more)
 
 
+def rows_at_a_time(model_folder, prompts, asked, args):
+    """The batch size: what was asked for or recorded by the run that goes on; else what memory allows, alike in all processes."""
+    share, longest = -(-len(prompts) // world()), max(map(len, prompts))
+    free = least(free_memory(args.device, world()))
+    return choose_batch(stored_config(model_folder), args.device, args.dtype, share * args.num_samples,
+                        longest + args.max_new_tokens, free, share, longest, asked)
+
+
 def sample_model(model_folder, folder, problems, args):
     """All samples of one model into folder/samples.jsonl, going on where an earlier run stopped.
 
     Of several processes each takes every world()-th problem and appends to the same file. Their clocks
     start together, so that `seconds` means the same in every record.
     """
-    lm = LM.from_pretrained(model_folder, args.device, args.dtype).eval().fuse()
     tokenizer, template = load_tokenizer(model_folder), prompt_template(args.task, args.prompt_file)
     prompts = [tokenizer.chat(template.replace("{question}", problem.question)) for problem in problems]
-    check_settings(prompts, args.num_samples, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.batch_size)
+    check_settings(prompts, args.num_samples, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.batch_size or 1)
+    path, summary = os.path.join(folder, "samples.jsonl"), os.path.join(folder, "samples.json")
+    earlier = read_json(summary)["settings"] if os.path.exists(path) and os.path.exists(summary) else {}
+    batch_size = rows_at_a_time(model_folder, prompts, args.batch_size or earlier.get("batch_size"), args)
+    lm = LM.from_pretrained(model_folder, args.device, args.dtype).eval().fuse()
     settings = dict(task=args.task, problems=len(problems), subset_seed=args.subset_seed, prompt=template,
-                    num_samples=args.num_samples, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens,
+                    num_samples=args.num_samples, batch_size=batch_size, max_new_tokens=args.max_new_tokens,
                     temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed, processes=world(),
                     device=lm.device.type, dtype=str(lm.dtype).removeprefix("torch."), weights=fingerprint(model_folder))
-    path, summary = os.path.join(folder, "samples.jsonl"), os.path.join(folder, "samples.json")
     if os.path.exists(path):
-        refuse_other_settings(path, read_json(summary)["settings"] if os.path.exists(summary) else {}, settings)
+        refuse_other_settings(path, earlier, settings)
     barrier()  # nobody writes before everybody has compared the settings
     os.makedirs(folder, exist_ok=True)
     records = read_samples(path)
@@ -392,7 +411,7 @@ def sample_model(model_folder, folder, problems, args):
         return
     mine = range(rank(), len(problems), world())
     skip = done | {(i, sample) for i in range(len(problems)) if i not in mine for sample in range(args.num_samples)}
-    knobs = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed, batch_size=args.batch_size,
+    knobs = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed, batch_size=batch_size,
                  num_samples=args.num_samples, skip=skip)
     for _ in generate(lm, prompts, max_new_tokens=2, **knobs):
         break  # warm-up: one prefill per row and a few steps, at full batch size
@@ -534,7 +553,9 @@ def parse_args(argv=None):
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
     parser.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0: all")
     parser.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens of this mass; 1: all")
-    parser.add_argument("--batch-size", type=int, default=256, help="completions decoded at a time")
+    parser.add_argument("--batch-size", type=at_least(1), help="completions decoded at a time; default: all or as many "
+                        f"as fit into memory, on a CPU at most {MOST_ROWS_ON_CPU}, which is as fast there")
+    parser.add_argument("--bench", action="store_true", help="time decoding with random weights instead: see --bench --help")
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers of sampling")
     parser.add_argument("--score", metavar="MODEL", help="a reward model's folder or Hugging Face repository: instead of "
                         "sampling, score the samples in OUT/<name>/, of all models by default")
@@ -547,6 +568,9 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
+    if "--bench" in (sys.argv[1:] if argv is None else argv):
+        from bench import main as bench  # no part of sampling: it times what is above, with options of its own
+        return bench(argv)
     args = parse_args(argv)
     with processes(args.device):
         args.device, args.dtype = choose_device(args.device, args.dtype)
@@ -558,7 +582,7 @@ def main(argv=None):
             return
         folders = args.model or find_models(args.out)
         problems = choose_subset(load_task(args.task, "test"), args.limit, args.subset_seed)
-        print(f"{len(problems)} problems of {args.task} x {args.num_samples} samples, batch {args.batch_size}, "
+        print(f"{len(problems)} problems of {args.task} x {args.num_samples} samples, "
               f"temperature {args.temperature}: {', '.join(folders)}")
         for folder in folders:
             name = os.path.basename(os.path.normpath(folder))

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import distill
+import memory
 from data import load_tokenizer, read_problems, solution_text
 from distill import Stage, collate, cross_entropy_loss, hidden_loss, kl_loss, matrix_loss
 from model import LM, Config, fingerprint, student_from
@@ -119,7 +120,7 @@ def test_checkpointing_activations_keeps_less_and_changes_nothing(make_lm):
     torch.manual_seed(0)
     checkpointed = prepared(True)
     assert set(checkpointed.state_dict()) == names
-    kept = [distill.kept_bytes(lambda _: lm(tokens), 0) - distill.kept_bytes(lambda _: lm.head(lm.model.embed_tokens(tokens)), 0)
+    kept = [memory.kept_bytes(lambda _: lm(tokens), 0) - memory.kept_bytes(lambda _: lm.head(lm.model.embed_tokens(tokens)), 0)
             for lm in (plain, checkpointed)]
     assert kept[1] < 0.2 * kept[0]
     for lm in (plain, checkpointed):
@@ -140,7 +141,7 @@ def command(tiny_out, tiny_options, tmp_path):
 def test_what_does_not_fit_is_refused_before_anything_is_loaded(command, monkeypatch):
     """In one line with the need and what there is. Red if loading comes first, or if a smaller piece needs as much."""
     free, needs = [1000], []
-    monkeypatch.setattr(distill, "free_memory", lambda device: free[0])
+    monkeypatch.setattr(memory, "free_memory", lambda device, processes: free[0])
     monkeypatch.setattr(LM, "from_pretrained", None)
     for options in ([], ["--accumulate", "2"], ["--accumulate", "4"]):
         with pytest.raises(ValueError, match="training needs about .* GB per process, 1e-06 GB are free.*: try") as error:
@@ -157,8 +158,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(command, monkeyp
     ("activations", ["--checkpoint-activations"], "--accumulate 2"), ("teacher", [], "torchrun"),
     ("weights, gradients and moments", [], "torchrun"), ("logits", ["--batch-tokens", "1"], "shorter solutions")], ids=str)
 def test_the_advice_is_for_what_needs_most(command, monkeypatch, most, options, advice):
-    needed = distill.memory_needed
-    monkeypatch.setattr(distill, "memory_needed", lambda *arguments: needed(*arguments) | {most: 1e18})
+    needed = memory.memory_needed
+    monkeypatch.setattr(memory, "memory_needed", lambda *arguments: needed(*arguments) | {most: 1e18})
     with pytest.raises(ValueError, match=f"for {most}: try .*{advice}"):
         command(*options)
 
@@ -166,17 +167,17 @@ def test_the_advice_is_for_what_needs_most(command, monkeypatch, most, options, 
 def test_activations_are_counted_as_autograd_keeps_them(make_lm, pattern):
     """Of all blocks of a model, per token. Red if a kind of mixer, or the number of layers, is left out."""
     lm = make_lm(pattern).requires_grad_(True)
-    kept = [distill.kept_bytes(lambda length: lm.hidden_states(torch.zeros(1, length, dtype=torch.long)), length)
+    kept = [memory.kept_bytes(lambda length: lm.hidden_states(torch.zeros(1, length, dtype=torch.long)), length)
             for length in (256, 512)]
-    found = distill.memory_needed(lm.config, None, 256, 1.0, 128, {"kl"}, ARGS)["activations"]
+    found = memory.memory_needed(lm.config, None, 256, 1.0, 128, {"kl"}, ARGS, 1)["activations"]
     assert found == pytest.approx(kept[1] - kept[0], rel=0.1)
 
 
 MEASURE = """
 import gc, json, sys
 sys.path.insert(0, sys.argv.pop(1))
-import distill
-check, need, seen = distill.check_memory, distill.memory_needed, {}
+import distill, memory
+check, need, seen = distill.check_memory, memory.memory_needed, {}
 
 def status(name):
     return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1]) * 1024
@@ -191,7 +192,7 @@ def needed(*arguments):
     seen["estimate"] = sum((parts := need(*arguments)).values())
     return parts
 
-distill.check_memory, distill.memory_needed = start, needed
+distill.check_memory, memory.memory_needed = start, needed
 distill.main()
 print(json.dumps(dict(estimate=seen["estimate"], measured=status("VmHWM") - seen["start"])))
 """
