@@ -31,7 +31,7 @@ import kernels
 from data import Parser, at_least
 from memory import free_memory, sampling_memory, state_tensors, weight_bytes
 from model import FLOAT32_PARAMETERS, LM, Config, choose_device, device_name, shapes_only
-from sample import Batch, Prompts, choose_tokens, read_samples, row_key, uniforms
+from sample import Batch, Prompts, choose_tokens, read_samples
 
 # ------------------------------------------------------------------------------------------------ shapes
 SHAPES = {
@@ -74,31 +74,28 @@ class Engine:
     """A full batch of sample.generate whose rows have one length and never stop. All that knows sample.py's parts is here."""
 
     def __init__(self, lm, batch, prompt, generate):
-        self.lm, self.batch = lm, Batch(lm, batch, prompt + generate, generate)
+        def choose(logits, u):
+            return choose_tokens(logits, u, temperature=0.8)
+        self.lm, self.batch = lm, Batch(lm.fuse(), batch, prompt + generate, generate + 1, (), choose)  # + 1: never at the end
         self.prompts = torch.randint(lm.config.vocab_size, (batch, prompt)).tolist()
         for tensor in itertools.chain(*(layer.values() for layer in self.batch.state.layers)):
             tensor.normal_()
 
     def prefill(self, count):
         """Run the prompts of the first `count` rows."""
-        rows = [(row, 0) for row in range(count)]
-        prompts = Prompts(self.lm, self.prompts, rows)
-        for row, owner in enumerate(rows):
-            self.batch.start(row, owner, row_key(0, *owner), *prompts.start(row))
+        rows = list(range(count))
+        owners = [(row, 0) for row in rows]
+        self.batch.start(rows, owners, 0, Prompts(self.lm, self.prompts, owners).start(rows))
 
     def seek(self, context):
         """Put all rows at this length of the context."""
         self.batch.state.lengths.fill_(context)
-        self.batch.steps.zero_()
+        for flags in (self.batch.steps, self.batch.stopped, self.batch.done):
+            flags.zero_()
 
     def steps(self, count):
         """So many times: choose a token of every row and run the model on them."""
-        batch = self.batch
-        for _ in range(count):
-            tokens = choose_tokens(batch.logits, uniforms(batch.keys, batch.steps), temperature=0.8)
-            batch.tokens.scatter_(1, batch.steps[:, None], tokens[:, None])
-            batch.steps += 1
-            batch.logits = self.lm(tokens[:, None], batch.state)[:, -1]
+        self.batch.advance(count)
 
 
 # ------------------------------------------------------------------------------------------------ time

@@ -198,9 +198,9 @@ class Batch:
         self.state.lengths.masked_fill_(self.done, 0)
         self.logits.copy_(self.lm(tokens[:, None], self.state)[:, -1])
 
-    def run(self):
-        """The steps until the host's next visit."""
-        for _ in range(self.VISIT_EVERY.get(self.device.type, 1)):
+    def advance(self, steps):
+        """Run so many steps."""
+        for _ in range(steps):
             if self.replay:
                 self.replay()
             else:
@@ -271,7 +271,7 @@ def generate(lm, prompts, *, num_samples=1, max_new_tokens=256, temperature=1.0,
             batch.start(rows[:len(owners)], owners, seed, starts.start([problem for problem, _ in owners]))
         if not batch.tidy():
             return
-        batch.run()
+        batch.advance(Batch.VISIT_EVERY.get(lm.device.type, 1))
         if rows := batch.finished():
             yield from batch.read(rows, time.perf_counter() - began)
 

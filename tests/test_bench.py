@@ -53,7 +53,7 @@ def test_what_is_timed_is_what_samples(pattern):
     engine.seek(10)
     engine.steps(20)
     expected = sample.generate(lm, engine.prompts, max_new_tokens=20, temperature=0.8, batch_size=3)
-    assert engine.batch.tokens.tolist() == [c.tokens for c in sorted(expected, key=lambda c: c.problem)]
+    assert engine.batch.tokens[:, :20].tolist() == [c.tokens for c in sorted(expected, key=lambda c: c.problem)]
     assert engine.batch.state.lengths.tolist() == [30] * 3
 
 
