@@ -132,8 +132,10 @@ def sampling_memory(config, dtype, batch, max_length, prompts=1, longest=1):
     logits, inner = config.vocab_size * dtype.itemsize, config.n_heads * config.head_dim
     activations = (4 * config.d_ff + 10 * inner) * dtype.itemsize  # of a token in one layer, roughly
     greediest = max(8 * config.vocab_size, activations, *(tensor.nbytes for tensor in kv + fixed))
+    packed = config.vocab_size * config.d_model * dtype.itemsize if config.tie_embeddings else 0  # by LM.fuse, on a CPU
     return {
         "weights": weight_bytes(config, dtype),
+        "packed head": packed,
         "KV caches": batch * sum(tensor.nbytes for tensor in kv),
         "SSM states": batch * sum(tensor.nbytes for tensor in fixed),
         "rows' logits and temporaries": batch * (8 * max_length + logits + greediest),
