@@ -759,7 +759,7 @@ def make_verifier(teacher_folder, args):
         if not run.is_finished():
             train_verifier(run, train_set, teacher_folder, tokenizer, config, args)
         if not rank():
-            write_json(run.path("verifier.json"), evaluate(run.folder, held_out, args))
+            write_json(run.path("verifier.json"), evaluate(run.folder, teacher_folder, held_out, args))
         barrier()
     print(f"{run.folder}: finished\n{report(read_json(run.path('verifier.json')))}", flush=True)
 
@@ -841,28 +841,35 @@ def verdict_loss(verifier, tokens, labels, valid):
     return F.binary_cross_entropy_with_logits(verifier(tokens).float()[counted], verdict[counted])
 
 
-def evaluate(folder, graded, args):
-    """How well the verifier in `folder` tells right from wrong among these completions, as a dict for verifier.json."""
-    graded = sorted(graded, key=lambda g: len(g.prompt) + len(g.answer))
-    scores = log_odds(Verifier.from_pretrained(folder, args.device, args.dtype).eval(), graded, args)
-    right, problem = torch.tensor([g.right for g in graded]), torch.tensor([g.problem for g in graded])
-    wins, pairs = ranked_right(scores, right)
-    of_problems = [ranked_right(scores[problem == p], right[problem == p]) for p in problem.unique()]
-    wins_within, pairs_within = map(sum, zip(*of_problems))
-    return dict(problems=len(of_problems), completions=len(graded), right=right.double().mean().item(),
-                auc=wins / pairs if pairs else None, pairs=pairs,
-                auc_within_problems=wins_within / pairs_within if pairs_within else None, pairs_within_problems=pairs_within,
-                brier=(scores.sigmoid() - right.double()).square().mean().item())
-
-
 @torch.inference_mode()
-def log_odds(verifier, graded, args):
-    """The verifier's number at the last token of every completion, (n,) float64; completions come shortest first."""
-    found = []
+def evaluate(folder, teacher_folder, graded, args):
+    """How well the verifier in `folder` tells right from wrong among these completions, as a dict for verifier.json; beside
+    it the score that needs no training, the completion's log-likelihood under the teacher."""
+    verifier = Verifier.from_pretrained(folder, args.device, args.dtype).eval()
+    teacher = LM.from_pretrained(teacher_folder, args.device, args.dtype).eval()
+    graded, odds, likelihood = sorted(graded, key=lambda g: len(g.prompt) + len(g.answer)), [], []
     for group in split_by_tokens([(g.prompt, g.answer) for g in graded], args.batch_tokens):
-        tokens, _, valid = (t.to(verifier.device) for t in collate(group))
-        found.append(verifier(tokens).gather(1, valid.sum(1, keepdim=True) - 1)[:, 0].cpu().double())
-    return torch.cat(found)
+        tokens, labels, valid = (t.to(args.device) for t in collate(group))
+        odds += verifier(tokens).gather(1, valid.sum(1, keepdim=True) - 1)[:, 0].tolist()  # at the last token
+        likelihood += cross_entropies(teacher(tokens), labels).sum(1).neg().tolist()
+    right, problem = torch.tensor([g.right for g in graded]), torch.tensor([g.problem for g in graded])
+    brier = (torch.tensor(odds).sigmoid() - right.float()).square().mean().item()
+    return dict(completions=len(graded), right=right.float().mean().item(), brier=brier,
+                verifier=ranking(torch.tensor(odds), right, problem), likelihood=ranking(torch.tensor(likelihood), right, problem))
+
+
+def cross_entropies(logits, labels):
+    """-log p(label), 0 where a position does not count. logits (B, L, V), labels (B, L) -> (B, L)."""
+    return F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
+
+
+def ranking(scores, right, problem):
+    """AUC over all completions, and over the pairs of the same problem, which are all that a vote can use. All (n,)."""
+    wins, pairs = ranked_right(scores, right)
+    each = [ranked_right(scores[problem == p], right[problem == p]) for p in problem.unique()]
+    wins_within, pairs_within = map(sum, zip(*each))
+    return dict(problems=len(each), pairs=pairs, auc=wins / pairs if pairs else None, pairs_within_problems=pairs_within,
+                auc_within_problems=wins_within / pairs_within if pairs_within else None)
 
 
 def ranked_right(scores, right):
@@ -874,9 +881,12 @@ def ranked_right(scores, right):
 
 
 def report(found):
-    overall, within = ("-" if x is None else f"{x:.3f}" for x in (found["auc"], found["auc_within_problems"]))
-    return (f"{found['completions']} completions of {found['problems']} problems that were held out, {found['right']:.1%} right: "
-            f"AUC {overall}, within problems {within} ({found['pairs_within_problems']:,} pairs), Brier {found['brier']:.3f}")
+    """What `evaluate` found, for the reader."""
+    def aucs(which):
+        return " and ".join("-" if found[which][name] is None else f"{found[which][name]:.3f}" for name in ("auc", "auc_within_problems"))
+    return (f"{found['completions']} held-out completions of {found['verifier']['problems']} problems, {found['right']:.1%} right; Brier score "
+            f"{found['brier']:.3f}\nAUC overall and within problems ({found['verifier']['pairs_within_problems']:,} pairs): verifier "
+            f"{aucs('verifier')}, log-likelihood under the teacher {aucs('likelihood')}")
 
 
 # ------------------------------------------------------------------------------------------------ the script

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import distill
 from data import find_models, load_tokenizer, read_problems
-from distill import Graded, collate, packed, ranked_right, verdict_loss, verifier_from
+from distill import Graded, collate, packed, ranked_right, ranking, verdict_loss, verifier_from
 from model import LM, Verifier
 from sample import Completion
 
@@ -30,20 +30,15 @@ def test_ranked_right_counts_pairs(levels):
     assert ranked_right(torch.tensor(scores), torch.ones(60, dtype=torch.bool)) == (0, 0)
 
 
-def test_the_evaluation_by_hand(monkeypatch):
+def test_the_ranking_by_hand():
     """Two problems, an easy one and a hard one: 4 of 6 pairs are in order, and 2 of the 3 within a problem. Red if pairs
     across problems count within them."""
-    odds = {(0, 1): 3.0, (0, 2): 1.0, (0, 3): 2.0, (1, 4): -1.0, (1, 5): -2.0}
-    graded = [Graded(p, [1], [token] * 2, token in (1, 2, 4)) for p, token in odds]
-    monkeypatch.setattr(distill.Verifier, "from_pretrained", lambda *_: torch.nn.Identity())
-    monkeypatch.setattr(distill, "log_odds", lambda _, gs, __: torch.tensor([odds[g.problem, g.answer[0]] for g in gs]).double())
-    found = distill.evaluate("folder", graded, distill.parse_args(["--device", "cpu"]))
-    assert (found["problems"], found["completions"], found["right"]) == (2, 5, 0.6)
-    assert found["auc"] == pytest.approx(4 / 6) and found["pairs"] == 6  # 3 > 2, -2; 1 > -2; -1 > -2; but not 1 > 2 nor -1 > 2
-    assert found["auc_within_problems"] == pytest.approx(2 / 3) and found["pairs_within_problems"] == 3
-    p = torch.tensor(list(odds.values())).double().sigmoid()
-    assert found["brier"] == pytest.approx((p - torch.tensor([1, 1, 0, 1, 0])).square().mean().item())
-    assert "AUC 0.667, within problems 0.667 (3 pairs)" in distill.report(found)
+    scores, right, problem = [3.0, 1.0, 2.0, -1.0, -2.0], [True, True, False, True, False], [0, 0, 0, 1, 1]
+    found = ranking(*map(torch.tensor, (scores, right, problem)))
+    assert (found["problems"], found["pairs"], found["pairs_within_problems"]) == (2, 6, 3)
+    assert found["auc"] == pytest.approx(4 / 6)  # 3 > 2, -2; 1 > -2; -1 > -2; but not 1 > 2 nor -1 > 2
+    assert found["auc_within_problems"] == pytest.approx(2 / 3)
+    assert ranking(*map(torch.tensor, (scores[:2], right[:2], problem[:2])))["auc_within_problems"] is None
 
 
 # ------------------------------------------------------------------------------------------------ the loss
@@ -72,6 +67,25 @@ def test_packed_pairs_are_the_pairs():
     pairs = packed(ROWS)
     assert [pairs[i] for i in range(len(pairs))] == ROWS
     assert pairs.bounds.tolist() == [[0, 3, 7], [7, 8, 10], [10, 12, 18]]
+
+
+def test_the_evaluation_scores_as_one_text_at_a_time_would(verifier, make_lm, monkeypatch):
+    """Red if padding, the wrong row or the token before the last is read, or if the prompt's likelihood counts."""
+    teacher, seen = make_lm(seed=1), []
+    graded = [Graded(0, prompt, answer[:-1], i == 1) for i, (prompt, answer) in enumerate(ROWS[:2])]
+    monkeypatch.setattr(distill.Verifier, "from_pretrained", lambda *_: verifier)
+    monkeypatch.setattr(distill.LM, "from_pretrained", lambda *_: teacher)
+    monkeypatch.setattr(distill, "ranking", lambda scores, right, problem: seen.append(dict(zip(right.tolist(), scores.tolist()))))
+    found = distill.evaluate("", "", graded, distill.parse_args(["--device", "cpu"]))
+    odds, likelihood = {}, {}
+    for g in graded:
+        ids = torch.tensor([g.prompt + g.answer])
+        odds[g.right] = verifier(ids)[0, -1].item()
+        likely = teacher(ids).log_softmax(-1)[0, len(g.prompt) - 1:-1]
+        likelihood[g.right] = sum(row[i].item() for row, i in zip(likely, g.answer))
+    assert seen == [pytest.approx(odds), pytest.approx(likelihood, rel=1e-4)]
+    p = torch.tensor([odds[True], odds[False]]).sigmoid()
+    assert found["brier"] == pytest.approx((((p[0] - 1) ** 2 + p[1] ** 2) / 2).item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -128,7 +142,7 @@ def test_the_verifier_is_trained_on_graded_samples(command, told, monkeypatch):
     that was cut off gets the stop token, or if one that ended does not."""
     trained_on, held_out, pack, evaluate = [], [], distill.packed, distill.evaluate
     monkeypatch.setattr(distill, "packed", lambda pairs: (trained_on.extend(pairs), pack(pairs))[1])
-    monkeypatch.setattr(distill, "evaluate", lambda folder, graded, args: (held_out.extend(graded), evaluate(folder, graded, args))[1])
+    monkeypatch.setattr(distill, "evaluate", lambda *a: (held_out.extend(a[2]), evaluate(*a))[1])
     folder = command()
     tokenizer = load_tokenizer("arithmetic")
     expected = {False: [], True: []}
@@ -143,25 +157,25 @@ def test_a_toy_that_can_be_learnt_is_learnt(command, told):
     """The first token of a completion tells. Red if labels and rows are mixed up anywhere from the file to the evaluation,
     or if the verifier that is saved is not the one that was trained."""
     found = json.loads((command("--verifier-steps", "60", "--verifier-lr", "0.01") / "verifier.json").read_text())
-    assert found["problems"] == 6 and found["completions"] == 18
-    assert found["auc"] > 0.95 and found["auc_within_problems"] > 0.95 and found["brier"] < 0.1
+    assert found["verifier"]["problems"] == 6 and found["completions"] == 18 and found["brier"] < 0.1
+    assert found["verifier"]["auc"] > 0.95 and found["verifier"]["auc_within_problems"] > 0.95
 
 
 def test_the_verifier_is_a_checkpoint_beside_the_models(command, lenient, capsys):
     """With a real sampler: it loads, scores, and is no model to sample from; students are not made; a second run finds it
     finished and says the same."""
     folder = command()
-    said = capsys.readouterr().out.splitlines()[-1]
+    said = capsys.readouterr().out.splitlines()[-2:]
     lm, tokens = Verifier.from_pretrained(folder), torch.ones(1, 5, dtype=torch.long)
     assert lm(tokens).shape == (1, 5) and lm.score.weight.any()
     assert load_tokenizer(str(folder)).definition == load_tokenizer("arithmetic").definition
     assert {"verifier", "verifier-data.json", "verifier-data.jsonl"} == set(os.listdir(folder.parent))
     with pytest.raises(ValueError, match="no models under"):
         find_models(str(folder.parent))
-    assert len(records(folder)) == 180 and said.startswith("18 completions of 6 problems that were held out, ")
+    assert len(records(folder)) == 180 and said[0].startswith("18 held-out completions of 6 problems, ")
     before = {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
     command()
-    assert {f.name: f.stat().st_mtime_ns for f in folder.iterdir()} == before and capsys.readouterr().out.splitlines()[-1] == said
+    assert {f.name: f.stat().st_mtime_ns for f in folder.iterdir()} == before and capsys.readouterr().out.splitlines()[-2:] == said
 
 
 # ------------------------------------------------------------------------------------------------ stop and resume
