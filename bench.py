@@ -2,6 +2,7 @@
 
     python sample.py --bench                                                   a minute or two on a laptop
     python sample.py --bench --shape llama-1b llama-3b --batch 1,16,64,256,512 --generate 512,2048,8192
+    python sample.py --bench --against FOLDER --batch 16 --prompt 60 --generate 128     a Llama here and in transformers
 
 Writes  out/bench.jsonl, a line per measurement; python plot.py draws them. Rerunning measures what is not there yet.
 
@@ -11,7 +12,10 @@ warm-up, either every step or, where that takes too long, a few steps at several
 the time is interpolated; a line says which. KV caches and SSM states hold random numbers. The models take turns, several
 times, each alone in memory, and the ratio to the Transformer is the median of those of the turns.
 
-Contents: shapes, the engine, time, bytes, memory, a measurement, the table, the script.
+With --against nothing is written: whole texts are drawn with real weights, prompts included, in turns with
+transformers.generate and with the products of the weights alone, which bound what any engine can do with them.
+
+Contents: shapes, the engine, time, bytes, memory, a measurement, the table, against transformers, the script.
 """
 import collections
 import ctypes
@@ -30,8 +34,9 @@ import torch
 import kernels
 from data import Parser, at_least
 from memory import free_memory, sampling_memory, state_tensors, weight_bytes
-from model import FLOAT32_PARAMETERS, LM, Config, choose_device, device_name, shapes_only
+from model import FLOAT32_PARAMETERS, LM, Config, choose_device, device_name, linear, shapes_only
 from sample import Batch, Prompts, choose_tokens, read_samples
+from sample import generate as sample_texts
 
 # ------------------------------------------------------------------------------------------------ shapes
 SHAPES = {
@@ -299,6 +304,56 @@ def cells_of(row):
             number("memory_estimate", ".3g", 1e-9), number("prefill_tokens_per_second", ",.0f"))
 
 
+# ------------------------------------------------------------------------------------------------ against transformers
+def run_ours(lm, prompts, tokens):
+    """Draw `tokens` new tokens after each of the prompts (B, L), at temperature 0.8."""
+    for c in sample_texts(lm, prompts.tolist(), max_new_tokens=tokens, batch_size=len(prompts), temperature=0.8):
+        assert len(c.tokens) == tokens
+
+
+@torch.inference_mode()
+def run_theirs(model, prompts, tokens):
+    """The same by transformers; on a GPU with its static cache, whose step it compiles."""
+    cache = dict(cache_implementation="static") if prompts.device.type == "cuda" else {}
+    found = model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=True, temperature=0.8, top_k=0, top_p=1.0,
+                           max_new_tokens=tokens, min_new_tokens=tokens, eos_token_id=None, pad_token_id=0, **cache)
+    assert found.shape[1] == prompts.shape[1] + tokens
+
+
+@torch.inference_mode()
+def run_products(products, prompts, tokens):
+    """Only the products with the weights, as many as the new tokens take; fused and packed as LM.fuse has left them."""
+    inputs = {width: torch.randn(len(prompts), width, device=prompts.device, dtype=dtype)
+              for width, dtype in {(group[0].weight.shape[1], group[0].weight.dtype) for group in products}}
+    for _ in range(tokens):
+        for group in products:
+            linear(inputs[group[0].weight.shape[1]], *group)
+
+
+def against_transformers(folder, batch, prompt, generate, device, dtype, repeats):
+    """Print tokens/s of ours, of transformers.generate on the same weights, and of the products alone, in turns."""
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError("--against compares with the package transformers: pip install transformers") from None
+    lm = LM.from_pretrained(folder, device, dtype).eval().fuse()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    theirs.generation_config.eos_token_id = None
+    prompts = torch.randint(lm.config.vocab_size, (batch, prompt), device=device)
+    runs = {"ours": (run_ours, lm), "transformers": (run_theirs, theirs), "the products alone": (run_products, lm.products())}
+    for run, model in runs.values():
+        run(model, prompts, min(generate, 8))  # warm-up
+    speeds = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, (run, model) in runs.items():
+            took = seconds(lambda tokens: run(model, prompts, tokens), generate, device)
+            speeds[name].append(batch * generate / took)
+    for name, found in speeds.items():
+        ratio = statistics.median(ours / other for ours, other in zip(speeds["ours"], found))
+        print(f"{name:>20}: {statistics.median(found):,.1f} tokens/s ({min(found):,.1f} to {max(found):,.1f} in {repeats} turns)"
+              + ("" if name == "ours" else f", ours is {ratio:.2f} times as fast"))
+
+
 # ------------------------------------------------------------------------------------------------ the script
 DEFAULTS = dict(cuda=dict(shape=["llama-1b"], prompt=512, generate=[512, 2048, 8192], batch=[1, 16, 64, 256, 512], seconds=5.0),
                 cpu=dict(shape=["tiny"], prompt=128, generate=[256, 1024], batch=[1, 16, 64, 256], seconds=0.5))
@@ -320,6 +375,8 @@ def parse_args(argv=None):
     parser.add_argument("--prompt", type=at_least(1), help="tokens of every prompt" + default("prompt"))
     parser.add_argument("--generate", type=numbers, help="new tokens, as in 512,2048" + default("generate"))
     parser.add_argument("--batch", type=numbers, help="rows decoded at a time, as in 1,64" + default("batch"))
+    parser.add_argument("--against", metavar="FOLDER", help="compare with transformers.generate on the weights of this Llama, for "
+                        "the first --batch and --generate, instead")
     parser.add_argument("--repeats", type=at_least(1), default=3, help="turns, whose median counts")
     parser.add_argument("--seconds", type=at_least(0, float), help="of decoding in one turn, beyond which only some steps are "
                         "timed; also of prompts" + default("seconds"))
@@ -335,6 +392,9 @@ def main(argv=None):
     for name, value in DEFAULTS[device.type].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.against:
+        against_transformers(args.against, args.batch[0], args.prompt, args.generate[0], device, dtype, args.repeats)
+        return
     os.makedirs(args.out, exist_ok=True)
     path = os.path.join(args.out, "bench.jsonl")
     there = read_samples(path)

@@ -641,7 +641,7 @@ def sample_problems(path, settings, problems, num_samples, model_folder, tokeniz
     mine = {(p, s) for p, s in todo if p % world() == rank()}
     template = prompt_template(args.task, args.prompt_file)
     prompts = [tokenizer.chat(template.replace("{question}", problem.question)) for problem in problems]
-    lm = LM.from_pretrained(model_folder, args.device, args.dtype).eval()
+    lm = LM.from_pretrained(model_folder, args.device, args.dtype).eval().fuse()
     with open(path, "ab", buffering=0) as f:
         completions = generate(lm, prompts, num_samples=num_samples, max_new_tokens=args.data_max_new_tokens,
                                temperature=args.data_temperature, batch_size=args.data_batch_size,

@@ -582,11 +582,15 @@ class LM(nn.Module):
 
     def fuse(self):
         """Join the weights that meet the same input, for decoding. The last thing done to a model: see `join`."""
-        products = [[getattr(m, name) for name in names] for m in self.modules() for names in getattr(m, "PRODUCTS", ())]
-        for layers in (*products, [self.model.embed_tokens if self.config.tie_embeddings else self.lm_head]):
+        for layers in self.products():
             if not hasattr(layers[0], "joined"):
                 join(*layers)
         return self
+
+    def products(self):
+        """Lists of layers that meet the same input, the head last."""
+        products = [[getattr(m, name) for name in names] for m in self.modules() for names in getattr(m, "PRODUCTS", ())]
+        return [*products, [self.model.embed_tokens if self.config.tie_embeddings else self.lm_head]]
 
     def rope(self, positions):
         """cos and sin for positions (B, L), each (B, 1, L, h/2) in the model's dtype; angles in float32."""
