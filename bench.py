@@ -228,6 +228,7 @@ def attempt(config, device, dtype, batch, prompt, generate, *rest):
 
 
 def estimate(config, dtype, batch, prompt, generate):
+    """Bytes that memory.py expects: prompts are run one by one, and none is kept."""
     return sum(sampling_memory(config, dtype, batch, prompt + generate, 1, prompt).values())
 
 
@@ -245,7 +246,8 @@ def settings_of(shape, pattern, device, dtype, batch, prompt, generate):
     """What tells one line of bench.jsonl from another."""
     counts = collections.Counter(config_of(shape, pattern).mixers)
     return dict(shape=shape, pattern=pattern, mixers=" + ".join(f"{n} {mixer}" for mixer, n in sorted(counts.items())),
-                dtype=str(dtype).removeprefix("torch."), device=device_name(device), batch=batch, prompt=prompt, generate=generate)
+                dtype=str(dtype).removeprefix("torch."), device=device_name(device), batch=batch, prompt=prompt,
+                generate=generate)
 
 
 MEASURED = ("method", "prefill_prompts", "prefill_tokens_per_second", "decode_tokens_per_second", "ms_per_step", "spread",
@@ -264,7 +266,8 @@ def measured(runs, transformer, batch, prompt, moved, bandwidth):
     contexts, times = [context for context, _ in runs[0].points], zip(*([t for _, t in run.points] for run in runs))
     values = (runs[0].method, runs[0].prompts, prompt / statistics.median(run.prefill for run in runs), batch / step, 1e3 * step,
               (max(every) - min(every)) / step, moved / step / bandwidth, max(run.memory or 0 for run in runs) or None,
-              statistics.median(ratios) if ratios else None, contexts, [round(1e3 * statistics.median(turns), 5) for turns in times])
+              statistics.median(ratios) if ratios else None, contexts,
+              [round(1e3 * statistics.median(turns), 5) for turns in times])
     return dict(zip(MEASURED, values))
 
 
@@ -277,10 +280,11 @@ def measure_group(shape, batch, generate, device, dtype, bandwidth, args):
         with shapes_only():
             params = LM(config).num_parameters()
         moved = bytes_per_step(config, dtype, batch, args.prompt, generate)
-        found = measured(runs[pattern], runs.get("transformer", []), batch, args.prompt, moved, bandwidth)
-        row = settings_of(shape, pattern, device, dtype, batch, args.prompt, generate) | dict(params=params, oom=not runs[pattern]) | found
-        row |= dict(bytes_per_step=moved, copy_bandwidth=bandwidth, memory_estimate=estimate(config, dtype, batch, args.prompt, generate),
-                    repeats=args.repeats, date=datetime.date.today().isoformat(), torch=torch.__version__,
+        row = settings_of(shape, pattern, device, dtype, batch, args.prompt, generate)
+        row |= dict(params=params, bytes_per_step=moved, copy_bandwidth=bandwidth, oom=not runs[pattern],
+                    memory_estimate=estimate(config, dtype, batch, args.prompt, generate))
+        row |= measured(runs[pattern], runs.get("transformer", []), batch, args.prompt, moved, bandwidth)
+        row |= dict(repeats=args.repeats, date=datetime.date.today().isoformat(), torch=torch.__version__,
                     threads=torch.get_num_threads())
         rows.append({name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in row.items()})
     return rows
@@ -300,8 +304,8 @@ def cells_of(row):
         return "-" if row[name] is None else format(row[name] * scale, form)
     return (row["shape"], row["batch"], f"{row['prompt']}+{row['generate']}", row["pattern"],
             "no memory" if row["oom"] else number("decode_tokens_per_second", ",.0f"), number("ms_per_step", ".3f"),
-            number("ratio", ".2f"), number("bytes_per_step", ".3g", 1e-9), number("fraction", ".0%"), number("memory", ".3g", 1e-9),
-            number("memory_estimate", ".3g", 1e-9), number("prefill_tokens_per_second", ",.0f"))
+            number("ratio", ".2f"), number("bytes_per_step", ".3g", 1e-9), number("fraction", ".0%"),
+            number("memory", ".3g", 1e-9), number("memory_estimate", ".3g", 1e-9), number("prefill_tokens_per_second", ",.0f"))
 
 
 # ------------------------------------------------------------------------------------------------ against transformers

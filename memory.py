@@ -96,7 +96,7 @@ def kept_bytes(function, length):
 
 
 # ------------------------------------------------------------------------------------------------ sampling
-MOST_ROWS_ON_CPU = 256  # of an automatic batch: there a larger one decodes hardly more tokens per second
+MOST_ROWS_ON_CPU = 256  # of an automatic batch: more rows have shown no gain in tokens per second there
 KEEP_FREE = 0.1  # share of the free memory that an automatic batch leaves alone, for what is not counted
 
 
@@ -160,8 +160,8 @@ def choose_batch(config, device, dtype, completions, max_length, free, prompts=1
     total, most = sum(needed.values()), max(needed, key=needed.get)
     print_needed(needed, f"for {rows} rows of up to {max_length:,} tokens", free)
     if total > free:
-        raise ValueError(f"{rows} rows of up to {max_length:,} tokens need about {total / 1e9:.3g} GB, {free / 1e9:.3g} GB are free, "
-                         + (f"and most is needed for {most}: --batch-size {fits} is the largest that fits" if fits else
-                            f"and not even one row fits, most is needed for {most}: fewer --max-new-tokens or problems, "
+        raise ValueError(f"{rows} rows of up to {max_length:,} tokens need about {total / 1e9:.3g} GB, {free / 1e9:.3g} GB are free"
+                         + (f", and most is needed for {most}: --batch-size {fits} is the largest that fits" if fits else
+                            f", and not even one row fits, most is needed for {most}: fewer --max-new-tokens or problems, "
                             f"--dtype bfloat16, or a smaller model"))
     return asked or rows

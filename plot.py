@@ -355,9 +355,10 @@ def draw_speedup(ax, rows, x, fixed):
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_ylim(0, None)
     ax.legend(frameon=False, fontsize=11, labelcolor="linecolor", handlelength=1.2)
-    where = {"batch": "{batch:,} rows", "generate": "{generate:,} new tokens"}[x]
-    return f"With {where.format(**best)}, {best['pattern']} decodes {best['ratio']:.1f} times as fast as the Transformer" if best \
-        else "Nothing to compare with the Transformer"
+    if not best:
+        return "Nothing to compare with the Transformer"
+    what = {"batch": "rows", "generate": "new tokens"}[x]
+    return f"With {best[x]:,} {what}, {best['pattern']} decodes {best['ratio']:.1f} times as fast as the Transformer"
 
 
 def draw_steps(ax, rows, batch):

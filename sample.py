@@ -4,6 +4,7 @@
     python sample.py --model out/pure --num-samples 256 --temperature 0.6
     torchrun --nproc_per_node=8 sample.py --task gsm8k --model folder      each process takes its share of the problems
     python sample.py --score RLHFlow/Llama3.1-8B-PRM-Deepseek-Data         a reward model (reward.py) judges the samples
+    python sample.py --bench              how fast models of random weights decode: bench.py
 
 Reads   out/<name>/ (a checkpoint of distill.py); with --score the samples there, and samples.json for their prompt
 Writes  out/<name>/samples.jsonl, one record per completion, and samples.json: the settings and the speed; with --score
@@ -554,7 +555,7 @@ def parse_args(argv=None):
     parser.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0: all")
     parser.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens of this mass; 1: all")
     parser.add_argument("--batch-size", type=at_least(1), help="completions decoded at a time; default: all or as many "
-                        f"as fit into memory, on a CPU at most {MOST_ROWS_ON_CPU}, which is as fast there")
+                        f"as fit into memory, on a CPU at most {MOST_ROWS_ON_CPU}: more gain nothing there")
     parser.add_argument("--bench", action="store_true", help="time decoding with random weights instead: see --bench --help")
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers of sampling")
     parser.add_argument("--score", metavar="MODEL", help="a reward model's folder or Hugging Face repository: instead of "

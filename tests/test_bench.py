@@ -24,7 +24,8 @@ ROOT = Path(bench.__file__).parent
 CPU, GPU, FLOAT, HALF = torch.device("cpu"), torch.device("cuda"), torch.float32, torch.bfloat16
 FIELDS = {"shape", "pattern", "mixers", "params", "dtype", "device", "batch", "prompt", "generate", "prefill_tokens_per_second",
           "prefill_prompts", "decode_tokens_per_second", "ms_per_step", "spread", "bytes_per_step", "copy_bandwidth", "fraction",
-          "memory", "memory_estimate", "ratio", "oom", "method", "contexts", "ms_at_contexts", "repeats", "date", "torch", "threads"}
+          "memory", "memory_estimate", "ratio", "oom", "method", "contexts", "ms_at_contexts", "repeats", "date", "torch",
+          "threads"}
 
 
 # ------------------------------------------------------------------------------------------------ shapes and engine
@@ -36,7 +37,8 @@ def test_shapes_are_those_of_the_released_models(shape, params):
 
 
 def test_students_keep_the_attention_layers_of_the_papers_and_of_the_experiment():
-    kept = {shape: [i for i, mixer in enumerate(config_of(shape, "hybrid").mixers) if mixer == "attention"] for shape in bench.SHAPES}
+    kept = {shape: [i for i, mixer in enumerate(config_of(shape, "hybrid").mixers) if mixer == "attention"]
+            for shape in bench.SHAPES}
     assert kept["llama-1b"] == [3, 7, 11, 15] and kept["llama-3b"] == [3, 8, 13, 18, 23, 27]
     assert tuple(kept["tiny"]) == distill.STUDENTS["hybrid"][2] and set(config_of("tiny", "hybrid").mixers) == {
         "attention", distill.STUDENTS["hybrid"][1]}
@@ -117,8 +119,8 @@ def lines(out):
 
 
 def run(out, *options):
-    bench.main(["--bench", "--shape", "tiny", "--prompt", "8", "--generate", "6", "--batch", "2", "--repeats", "2", "--seconds", "0",
-                "--device", "cpu", "--out", str(out), *options])
+    bench.main(["--bench", "--shape", "tiny", "--prompt", "8", "--generate", "6", "--batch", "2", "--repeats", "2",
+                "--seconds", "0", "--device", "cpu", "--out", str(out), *options])
 
 
 @pytest.fixture(autouse=True)
@@ -163,7 +165,8 @@ def test_a_second_run_measures_only_what_is_not_there(measured, tmp_path, monkey
 def test_models_take_turns(tmp_path, monkeypatch):
     """Red if one model's turns come in a row: what slows the machine for a while would hit one of them."""
     seen, real = [], bench.measure
-    monkeypatch.setattr(bench, "measure", lambda config, *rest: seen.append(config.mixers.count("attention")) or real(config, *rest))
+    monkeypatch.setattr(bench, "measure",
+                        lambda config, *rest: seen.append(config.mixers.count("attention")) or real(config, *rest))
     run(tmp_path, "--pattern", "transformer", "pure")
     assert seen == [4, 0, 4, 0]
 
@@ -265,7 +268,7 @@ def test_the_largest_batch_is_the_largest():
 
 
 def test_unless_told_the_batch_is_what_fits(capsys):
-    """All completions if they do; a tenth of the memory stays free; on a CPU 256 at most, on a GPU as many as there is room for."""
+    """All completions if they do; a tenth of the memory stays free; on a CPU 256 at most, on a GPU no limit."""
     assert choose(1e12) == memory.MOST_ROWS_ON_CPU == 256
     assert choose(1e12, completions=7) == 7
     assert choose(1e12, device=GPU) == 5000
@@ -279,7 +282,7 @@ def test_a_batch_that_was_asked_for_is_taken_or_refused_in_one_line():
     assert choose(1e12, asked=300) == 300
     assert choose(needs(10), asked=10) == 10
     assert choose(needs(10), asked=1000, completions=10) == 1000  # there are no more than 10 rows to decode
-    with pytest.raises(ValueError, match="100 rows of up to 100 tokens need .* GB are free.*--batch-size 64 is the largest that fits"):
+    with pytest.raises(ValueError, match="100 rows of up to 100 tokens need .* GB are free.*--batch-size 64 is the largest"):
         choose(needs(70) / 0.9, asked=100)
 
 
@@ -299,8 +302,8 @@ def test_kept_prompts_count():
 def test_a_run_that_goes_on_keeps_the_batch_it_had(tiny_out, task_file, tmp_path, monkeypatch):
     """Less memory is free than when it began, or more: the choice was automatic, so nobody is told to choose another --out.
     What was used is recorded."""
-    options = ["--model", str(tiny_out / "pure"), "--out", str(tmp_path), "--task", task_file, "--limit", "4", "--num-samples", "2",
-               "--max-new-tokens", "5", "--device", "cpu"]
+    options = ["--model", str(tiny_out / "pure"), "--out", str(tmp_path), "--task", task_file, "--limit", "4",
+               "--num-samples", "2", "--max-new-tokens", "5", "--device", "cpu"]
     path, seen, real = tmp_path / "pure" / "samples.jsonl", [], sample.generate
     monkeypatch.setattr(sample, "generate", lambda *a, **k: seen.append(k["batch_size"]) or real(*a, **k))
     for fits in (4, 100, 2):
