@@ -356,3 +356,15 @@ def test_plot_draws_a_bench_alone_and_what_is_measured_again_counts(tmp_path, me
 @pytest.mark.parametrize("rows", [ROWS[:1], ROWS[1:2], ROWS[6:7], [row | dict(ratio=None) for row in ROWS]], ids=str)
 def test_any_rows_can_be_drawn(rows):
     plot.plt.close(plot.draw_bench(rows))
+
+
+def test_against_transformers_prints_three_speeds(make_lm, tmp_path, capsys):
+    """The same weights and settings in turns; what is printed is tokens/s, and by how much ours is ahead."""
+    pytest.importorskip("transformers")
+    make_lm().save_pretrained(tmp_path)
+    bench.main(["--bench", "--against", str(tmp_path), "--batch", "2", "--prompt", "3", "--generate", "5", "--repeats", "1",
+                "--device", "cpu"])
+    lines = capsys.readouterr().out.splitlines()
+    for name in ("ours", "transformers", "the products alone"):
+        line, = (line for line in lines if line.strip().startswith(f"{name}:"))
+        assert "tokens/s" in line and ("times as fast" in line) == (name != "ours")

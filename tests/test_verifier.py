@@ -14,7 +14,7 @@ from torch.testing import assert_close
 import distill
 from data import find_models, load_tokenizer, read_problems
 from distill import Graded, collate, packed, ranked_right, ranking, verdict_loss, verifier_from
-from model import LM, Verifier
+from model import Verifier
 from sample import Completion
 
 
