@@ -961,10 +961,10 @@ def parse_args(argv=None):
         "students")
     add("--verifier-from", metavar="NAME", default="pure", help="the model OUT/NAME whose completions it learns from, drawn with "
         "the --data options; teacher is the teacher")
-    add("--verifier-problems", type=at_least(HELD_OUT), default=600, help="training problems that are completed for it; a tenth "
+    add("--verifier-problems", type=at_least(HELD_OUT), default=500, help="training problems that are completed for it; a tenth "
         "is held out for its evaluation")
     add("--verifier-samples", type=at_least(1), default=8, help="completions of each")
-    add("--verifier-steps", type=at_least(1), default=300, help="steps of its training")
+    add("--verifier-steps", type=at_least(1), default=180, help="steps of its training")
     add("--verifier-lr", type=float, help="its peak learning rate; default: as --lr")
     add("--seed", type=int, default=0, help="of initialisation and of the order of the data")
     add("--pretrain", action="store_true", help="train a new teacher instead of taking the one in assets/")
