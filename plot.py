@@ -90,6 +90,12 @@ def log_axis(axis, low, high):
     axis.set_minor_locator(NullLocator())
 
 
+def percent_axis(ax):
+    """Whole percents, so that no tick is rounded."""
+    ax.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True))
+    ax.yaxis.set_major_formatter("{x:.0f}%")
+
+
 def spread(heights, gap, top):
     """Heights moved as little as possible until they are `gap` apart and below `top`, for labels that would overlap."""
     order, placed = sorted(range(len(heights)), key=heights.__getitem__), list(heights)
@@ -146,7 +152,7 @@ def draw_lines(ax, models, colour, x, kind):
         mean, low, high = ([100 * value for value in m[kind + suffix]] for suffix in ("", "_low", "_high"))
         ax.fill_between(m[x], low, high, color=colour[name], alpha=0.11, linewidth=0)
         ax.plot(m[x], mean, **look(name, colour[name]))
-    ax.yaxis.set_major_formatter("{x:.0f}%")
+    percent_axis(ax)
 
 
 def mark_ahead(ax, models, colour):
@@ -213,7 +219,7 @@ def front_title(kind, steps):
     if not earlier:
         return f"{title}: {last} leads at every budget"
     name, start, end = max(earlier, key=lambda stretch: stretch[2] / stretch[1])
-    return f"{title}: {name} leads from {moment(start)} to {moment(end)} s, {last} from {moment(since)} s on"
+    return f"{title}: {name} leads from {moment(start)} to {moment(end)}\N{NO-BREAK SPACE}s, {last} from {moment(since)}\N{NO-BREAK SPACE}s on"
 
 
 def draw_front(results):
@@ -239,7 +245,7 @@ def draw_front(results):
         time_axis(ax, min(moments[0] for moments in seconds.values()), end)
         if scored:
             ax.set_xlabel("seconds of generation and scoring")
-        ax.yaxis.set_major_formatter("{x:.0f}%")
+        percent_axis(ax)
         ax.set_ylabel(RIGHT[kind])
         ax.set_title(textwrap.fill(front_title(kind, steps), 40), pad=10)
         label_ends(ax, {name: (100 * m[kind][-1], colour[name]) for name, m in models.items()})
@@ -280,7 +286,7 @@ def draw_selection(models):
         for ax in panels[name]:
             label_ends(ax, {RULES[rule]: (100 * models[name][rule][-1], colour) for rule, colour in RULE_COLOURS.items()}, 0.1)
     for ax in axes[:, 0]:
-        ax.yaxis.set_major_formatter("{x:.0f}%")
+        percent_axis(ax)
         ax.set_ylabel("right choice")
     return fig
 
