@@ -4,6 +4,7 @@
     python distill.py --sizes small,base                  the same twice, with a smaller teacher too
     python distill.py --student hybrid --attention-layers 0,2 --kl forward
     python distill.py --teacher folder --task gsm8k --sft --student pure        fine-tune a copy of the teacher first
+    python distill.py --verifier                          a verifier, which tells right completions of students from wrong ones
     torchrun --nproc_per_node=8 distill.py ...            the same training on eight GPUs (or CPU processes)
 
 Reads   a teacher's checkpoint (the repository ships the built-in task's; --pretrain trains it anew), a task
@@ -12,7 +13,7 @@ A killed run goes on from its last checkpoint when the same command is run again
 on whatever number of processes.
 
 Contents: losses, batches, schedule and optimiser, processes, the training loop with its checkpoints, the teacher,
-training data, students and their stages, the script.
+training data, students and their stages, the verifier, the script.
 """
 import argparse
 import contextlib
@@ -752,8 +753,9 @@ def make_verifier(teacher_folder, args):
     args = argparse.Namespace(**vars(args) | dict(lr=args.verifier_lr or default_lr(config)))
     data = dict(data_settings(args), generator=fingerprint(generator), problems=args.verifier_problems,
                 samples=args.verifier_samples, temperature=args.data_temperature, max_new_tokens=args.data_max_new_tokens)
-    run = Run(os.path.join(args.out, "verifier"), dict(data, teacher=fingerprint(teacher_folder), steps=args.verifier_steps,
-                                                       lr=args.lr, batch_tokens=args.batch_tokens, start_length=args.start_length))
+    training = dict(teacher=fingerprint(teacher_folder), steps=args.verifier_steps, lr=args.lr, batch_tokens=args.batch_tokens,
+                    start_length=args.start_length)
+    run = Run(os.path.join(args.out, "verifier"), data | training)
     if not (run.is_finished() and os.path.exists(run.path("verifier.json"))):
         train_set, held_out = graded_completions(data, generator, tokenizer, args)
         if not run.is_finished():
@@ -853,9 +855,10 @@ def evaluate(folder, teacher_folder, graded, args):
         odds += verifier(tokens).gather(1, valid.sum(1, keepdim=True) - 1)[:, 0].tolist()  # at the last token
         likelihood += cross_entropies(teacher(tokens), labels).sum(1).neg().tolist()
     right, problem = torch.tensor([g.right for g in graded]), torch.tensor([g.problem for g in graded])
-    brier = (torch.tensor(odds).sigmoid() - right.float()).square().mean().item()
-    return dict(completions=len(graded), right=right.float().mean().item(), brier=brier,
-                verifier=ranking(torch.tensor(odds), right, problem), likelihood=ranking(torch.tensor(likelihood), right, problem))
+    odds, likelihood = torch.tensor(odds), torch.tensor(likelihood)
+    return dict(completions=len(graded), right=right.float().mean().item(),
+                brier=(odds.sigmoid() - right.float()).square().mean().item(),
+                verifier=ranking(odds, right, problem), likelihood=ranking(likelihood, right, problem))
 
 
 def cross_entropies(logits, labels):
@@ -882,11 +885,14 @@ def ranked_right(scores, right):
 
 def report(found):
     """What `evaluate` found, for the reader."""
-    def aucs(which):
-        return " and ".join("-" if found[which][name] is None else f"{found[which][name]:.3f}" for name in ("auc", "auc_within_problems"))
-    return (f"{found['completions']} held-out completions of {found['verifier']['problems']} problems, {found['right']:.1%} right; Brier score "
-            f"{found['brier']:.3f}\nAUC overall and within problems ({found['verifier']['pairs_within_problems']:,} pairs): verifier "
-            f"{aucs('verifier')}, log-likelihood under the teacher {aucs('likelihood')}")
+    def text(number):
+        return "-" if number is None else f"{number:.3f}"
+    verifier, likelihood = found["verifier"], found["likelihood"]
+    return (f"{found['completions']} held-out completions of {verifier['problems']} problems, {found['right']:.1%} right; Brier "
+            f"score {found['brier']:.3f}\n"
+            f"AUC of the verifier: {text(verifier['auc'])}, within problems {text(verifier['auc_within_problems'])} "
+            f"({verifier['pairs_within_problems']:,} pairs); of the log-likelihood under the teacher: {text(likelihood['auc'])}, "
+            f"within problems {text(likelihood['auc_within_problems'])}")
 
 
 # ------------------------------------------------------------------------------------------------ the script

@@ -75,7 +75,7 @@ def test_the_evaluation_scores_as_one_text_at_a_time_would(verifier, make_lm, mo
     graded = [Graded(0, prompt, answer[:-1], i == 1) for i, (prompt, answer) in enumerate(ROWS[:2])]
     monkeypatch.setattr(distill.Verifier, "from_pretrained", lambda *_: verifier)
     monkeypatch.setattr(distill.LM, "from_pretrained", lambda *_: teacher)
-    monkeypatch.setattr(distill, "ranking", lambda scores, right, problem: seen.append(dict(zip(right.tolist(), scores.tolist()))))
+    monkeypatch.setattr(distill, "ranking", lambda scores, right, _: seen.append(dict(zip(right.tolist(), scores.tolist()))))
     found = distill.evaluate("", "", graded, distill.parse_args(["--device", "cpu"]))
     odds, likelihood = {}, {}
     for g in graded:
@@ -148,7 +148,8 @@ def test_the_verifier_is_trained_on_graded_samples(command, told, monkeypatch):
     expected = {False: [], True: []}
     for r in records(folder):
         answer = tokenizer.encode(r["completion"]) + tokenizer.eos_ids * (r["sample"] < 2)
-        expected[r["problem"] % 10 == 0].append((tokenizer.chat(f"Q: {r['question']}"), answer, (r["problem"] + r["sample"]) % 2 == 0))
+        right = (r["problem"] + r["sample"]) % 2 == 0
+        expected[r["problem"] % 10 == 0].append((tokenizer.chat(f"Q: {r['question']}"), answer, right))
     assert sorted((p, a[:-1], bool(a[-1])) for p, a in trained_on) == sorted(expected[False]) and len(trained_on) == 162
     assert sorted((g.prompt, g.answer, g.right) for g in held_out) == sorted(expected[True]) and len(held_out) == 18
 
@@ -175,7 +176,8 @@ def test_the_verifier_is_a_checkpoint_beside_the_models(command, lenient, capsys
     assert len(records(folder)) == 180 and said[0].startswith("18 held-out completions of 6 problems, ")
     before = {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
     command()
-    assert {f.name: f.stat().st_mtime_ns for f in folder.iterdir()} == before and capsys.readouterr().out.splitlines()[-2:] == said
+    assert {f.name: f.stat().st_mtime_ns for f in folder.iterdir()} == before
+    assert capsys.readouterr().out.splitlines()[-2:] == said
 
 
 # ------------------------------------------------------------------------------------------------ stop and resume
@@ -214,8 +216,9 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_ends(command, lenient, tmp
     assert sorted(os.listdir(straight)) == sorted(os.listdir(again))
 
 
-@pytest.mark.parametrize("options, name", [(["--verifier-problems", "50"], "problems"), (["--data-temperature", "0.5"], "temperature"),
-                                           (["--seed", "1"], "seed"), (["--verifier-samples", "4"], "samples")], ids=str)
+@pytest.mark.parametrize("options, name", [
+    (["--verifier-problems", "50"], "problems"), (["--data-temperature", "0.5"], "temperature"), (["--seed", "1"], "seed"),
+    (["--verifier-samples", "4"], "samples")], ids=str)
 def test_data_of_other_settings_are_refused(command, told, tmp_path, options, name):
     """With and without the verifier that was made of them. Nothing is overwritten."""
     folder, data = command("--verifier-steps", "1"), tmp_path / "out" / "verifier-data.jsonl"
