@@ -5,7 +5,7 @@
     [steps] = reward.judge([text])                    # a probability for every step
     score = AGGREGATE["last"](steps)
 
-There are two kinds, and a folder's config.json says which it holds:
+There are two kinds that are trained for it, and a folder's config.json says which it holds:
 - A process reward model (Lightman et al. 2023) judges every step of a solution. That of RLHFlow, which search-and-learn
   uses, is a language model, fine-tuned to answer a dialogue: each turn of the user is one step, and it says "+" if all
   is well so far, "-" if not. p = softmax of these two tokens' logits where it is about to say one.
@@ -14,12 +14,16 @@ There are two kinds, and a folder's config.json says which it holds:
 The softmax of two logits is the sigmoid of their difference, (w+ - w-) . x if the head's rows are w+ and w-. So a
 process reward model is a verifier with w = w+ - w-, asked at the end of every step; the rest is shared.
 
+A third needs no training: the likelihood of a text under a language model, such as the teacher of a student's. Reading many
+texts at once is far cheaper than writing them token by token, so a slow teacher can judge what a fast student wrote.
+
 Contents: what the models read, the models, batches. The script is `sample.py --score`.
 """
 import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from data import load_tokenizer
@@ -64,23 +68,32 @@ def verifier_text(tokenizer, record, template):
     return Text(record, ids, [len(ids) - 1])
 
 
+def likelihood_text(tokenizer, record, template):
+    """The same text, with the positions at which its tokens are predicted, all but the prompt's."""
+    text, start = verifier_text(tokenizer, record, template), len(tokenizer.chat(template.replace("{question}", record["question"])))
+    return text._replace(positions=list(range(start - 1, len(text.ids) - 1)))
+
+
 # ------------------------------------------------------------------------------------------------ the models
 AGGREGATE = dict(last=lambda steps: steps[-1], min=min, prod=math.prod)  # one score of the p of all steps
 
 
 class RewardModel:
-    """A reward model of either kind with its tokenizer: p = sigmoid(w . x) where a Text is to be judged.
+    """A reward model with its tokenizer: p = sigmoid(w . x) where a Text is to be judged; or p of the text itself.
 
-    `folder` may be a repository on the Hub. Raises as load_tokenizer and LM.from_pretrained do, and ValueError if a
-    language model's "+" or "-" is no single token.
+    `folder` may be a repository on the Hub. kind: "process", "verifier" or, if asked for, "likelihood". Raises as
+    load_tokenizer and LM.from_pretrained do, and ValueError if a process reward model's "+" or "-" is no single token.
     """
 
-    def __init__(self, folder, device=None, dtype=None):
+    def __init__(self, folder, device=None, dtype=None, likelihood=False):
         self.tokenizer = load_tokenizer(folder)
         folder = checkpoint_folder(folder)
-        self.is_verifier = Verifier.architecture in (read_config(folder).get("architectures") or ())
-        self.lm = (Verifier if self.is_verifier else LM).from_pretrained(folder, device, dtype).eval().requires_grad_(False)
-        if self.is_verifier:
+        is_verifier = Verifier.architecture in (read_config(folder).get("architectures") or ()) and not likelihood
+        self.kind = "likelihood" if likelihood else "verifier" if is_verifier else "process"
+        self.lm = (Verifier if is_verifier else LM).from_pretrained(folder, device, dtype).eval().requires_grad_(False)
+        if likelihood:
+            return
+        if is_verifier:
             self.w = self.lm.score.weight[0].float()  # (d_model,)
             return
         ids = [self.tokenizer.encode(sign) for sign in "+-"]
@@ -99,11 +112,23 @@ class RewardModel:
         token) only what counts is computed, and in float32: in bfloat16, logits of 16 to 32 are multiples of 1/8.
         """
         tokens = pad_sequence([torch.tensor(text.ids) for text in batch], batch_first=True).to(self.lm.device)  # (B, L)
+        if self.kind == "likelihood":
+            return [[self.likelihood(x, text)] for x, text in zip(self.lm.trunk(tokens), batch)]
         rows = [row for row, text in enumerate(batch) for _ in text.positions]
         columns = [column for text in batch for column in text.positions]
         x = self.lm.model.norm(self.lm.trunk(tokens)[rows, columns])  # (all positions, d_model)
         p = (x.float() @ self.w).sigmoid()
         return [part.tolist() for part in p.split([len(text.positions) for text in batch])]
+
+
+    def likelihood(self, x, text):
+        """The probability of a completion after its prompt, of x (L, d_model). 0 below 1e-323, as floats are.
+
+        The head sees one text at a time: logits of a whole batch would be the largest tensor by far.
+        """
+        logits = self.lm.head(x[None, text.positions])[0].float()  # (tokens of the completion, V)
+        targets = torch.tensor([text.ids[position + 1] for position in text.positions], device=x.device)
+        return math.exp(-F.cross_entropy(logits, targets, reduction="sum"))
 
 
 # ------------------------------------------------------------------------------------------------ batches

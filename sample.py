@@ -19,6 +19,7 @@ import datetime
 import itertools
 import json
 import os
+import re
 import sys
 import time
 import zlib
@@ -33,7 +34,7 @@ from data import (Parser, at_least, choose_subset, find_models, load_task, load_
                   refuse_other_settings, run, write_json)
 from memory import MOST_ROWS_ON_CPU, choose_batch, free_memory, stored_config
 from model import LM, CacheReads, choose_device, columns_read, device_name, fingerprint
-from reward import AGGREGATE, RewardModel, batches, process_text, verifier_text
+from reward import AGGREGATE, RewardModel, batches, likelihood_text, process_text, verifier_text
 
 # ------------------------------------------------------------------------------------------------ random numbers
 MASK = 2 ** 64 - 1
@@ -494,12 +495,13 @@ def score_samples(folder, reward, weights, args):
     Of several processes each takes every world()-th of what is left. `seconds` is since scoring began, and every
     problem's first samples come first, so that it says what choosing among k samples costs.
     """
-    path, summary, sidecar = (os.path.join(folder, name) for name in ("scores.jsonl", "scores.json", "samples.json"))
+    names = args.score_to, os.path.splitext(args.score_to)[0] + ".json", "samples.json"
+    path, summary, sidecar = (os.path.join(folder, name) for name in names)
     records, aggregate, template = read_scorable(os.path.join(folder, "samples.jsonl")), args.aggregate, None
-    if reward.is_verifier:
+    if reward.kind != "process":
         sampled_with = read_json(sidecar).get("settings", {}) if os.path.exists(sidecar) else {}
         aggregate, template = None, sampled_with.get("prompt") or prompt_template(args.task, args.prompt_file)
-    settings = dict(kind="verifier" if reward.is_verifier else "process", aggregate=aggregate, prompt=template,
+    settings = dict(kind=reward.kind, aggregate=aggregate, prompt=template,
                     score_tokens=args.score_tokens, processes=world(), device=reward.lm.device.type,
                     dtype=str(reward.lm.dtype).removeprefix("torch."), weights=weights)
     if os.path.exists(path):
@@ -509,7 +511,7 @@ def score_samples(folder, reward, weights, args):
     done, tokens = {(s["problem"], s["sample"]) for s in scores}, sum(s["num_tokens"] for s in scores)
     offset = max((s["seconds"] for s in scores), default=0.0)
     if rank() == 0:
-        write_summary(folder, settings, reward.lm, tokens, offset, "scores.json", reward_model=args.score)
+        write_summary(folder, settings, reward.lm, tokens, offset, names[1], reward_model=args.score)
     left = [record for record in records if (record["problem"], record["sample"]) not in done]
     if not left:
         print(f"{path}: finished")
@@ -517,8 +519,9 @@ def score_samples(folder, reward, weights, args):
     mine = left[rank()::world()]
 
     def mine_in_batches():
-        texts = (verifier_text(reward.tokenizer, record, template) if reward.is_verifier else
-                 process_text(reward.tokenizer, record) for record in mine)
+        texts = (process_text(reward.tokenizer, record) if reward.kind == "process" else
+                 (verifier_text if reward.kind == "verifier" else likelihood_text)(reward.tokenizer, record, template)
+                 for record in mine)
         return batches(texts, args.score_tokens)
     for batch in mine_in_batches():
         reward.judge(batch)
@@ -536,7 +539,7 @@ def score_samples(folder, reward, weights, args):
     if rank() == 0:
         scores = read_samples(path)
         write_summary(folder, settings, reward.lm, sum(s["num_tokens"] for s in scores), max(s["seconds"] for s in scores),
-                      "scores.json", reward_model=args.score)
+                      names[1], reward_model=args.score)
 
 
 # ------------------------------------------------------------------------------------------------ the script
@@ -560,8 +563,10 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers of sampling")
     parser.add_argument("--score", metavar="MODEL", help="a reward model's folder or Hugging Face repository: instead of "
                         "sampling, score the samples in OUT/<name>/, of all models by default")
-    parser.add_argument("--aggregate", choices=list(AGGREGATE), default="last", help="a process reward model's score: its "
-                        "probability for the last step, the smallest, or the product of all")
+    parser.add_argument("--aggregate", choices=[*AGGREGATE, "likelihood"], default="last", help="a process reward model's "
+                        "score: its probability for the last step, the smallest, or the product of all. likelihood takes any "
+                        "language model, and the probability that it would write the text itself")
+    parser.add_argument("--score-to", metavar="FILE", default="scores.jsonl", help="file of scores in each model's folder")
     parser.add_argument("--score-tokens", type=at_least(1), default=16384, help="tokens scored at a time, padding included")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda, float32 on cpu")
@@ -577,7 +582,10 @@ def main(argv=None):
         args.device, args.dtype = choose_device(args.device, args.dtype)
         if args.score:
             folders = sampled_folders(args.out, args.model)
-            reward, weights = RewardModel(args.score, args.device, args.dtype), fingerprint(args.score)
+            if args.score_to in ("samples.jsonl", "metrics.jsonl") or not re.fullmatch(r"[^/]+\.jsonl", args.score_to):
+                raise ValueError(f"--score-to {args.score_to}: give the name of a new .jsonl file, such as scores.jsonl")
+            reward = RewardModel(args.score, args.device, args.dtype, args.aggregate == "likelihood")
+            weights = fingerprint(args.score)
             for folder in folders:
                 score_samples(folder, reward, weights, args)
             return

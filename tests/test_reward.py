@@ -126,7 +126,7 @@ def test_verifier_scores_are_transformers(verifier):
 
 
 def texts_of(reward):
-    return [verifier_text(reward.tokenizer, record, "{question}") if reward.is_verifier else
+    return [verifier_text(reward.tokenizer, record, "{question}") if reward.kind == "verifier" else
             process_text(reward.tokenizer, record) for record in RECORDS]
 
 
@@ -266,6 +266,34 @@ def test_a_verifier_scores_with_the_prompt_of_the_samples(out, verifier):
             assert scores_by_sample(out / name)[record["problem"], record["sample"]] == pytest.approx(p, abs=1e-5)
         assert "steps" not in lines(out / name / "scores.jsonl")[0]
         assert json.loads((out / name / "scores.json").read_text())["settings"]["prompt"] == template
+
+
+def test_the_likelihood_is_the_product_over_the_completions_tokens(out, process_model):
+    """Any language model judges so. Token by token, one text at a time; its end counts, the prompt does not. In a file of
+    its own, beside the scores of another model."""
+    score(process_model, "--model", "pure")
+    score(process_model, "--model", "pure", "--aggregate", "likelihood", "--score-to", "likelihood.jsonl")
+    tokenizer, lm = data.load_tokenizer(process_model), LM.from_pretrained(process_model, dtype=torch.float64).eval()
+    rows = {(r["problem"], r["sample"]): r for r in lines(out / "pure" / "likelihood.jsonl")}
+    for record in lines(out / "pure" / "samples.jsonl"):
+        prompt = tokenizer.chat(f"Do {record['question']}!")
+        ids = prompt + tokenizer.encode(record["completion"]) + tokenizer.eos_ids[:1]
+        with torch.no_grad():
+            logp = lm(torch.tensor([ids]))[0].log_softmax(-1)
+        expected = sum(logp[at, ids[at + 1]].item() for at in range(len(prompt) - 1, len(ids) - 1))
+        row = rows[record["problem"], record["sample"]]
+        assert row["score"] == pytest.approx(math.exp(expected), rel=1e-3) and "steps" not in row
+    settings = json.loads((out / "pure" / "likelihood.json").read_text())["settings"]
+    assert (settings["kind"], settings["aggregate"]) == ("likelihood", None)
+    assert lines(out / "pure" / "scores.jsonl")[0]["steps"]
+
+
+@pytest.mark.parametrize("name", ["samples.jsonl", "../scores.jsonl", "scores.txt"])
+def test_scores_overwrite_nothing_else(out, process_model, name):
+    before = (out / "pure" / "samples.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="--score-to"):
+        score(process_model, "--score-to", name)
+    assert (out / "pure" / "samples.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("aggregate, of", [("min", min), ("prod", math.prod)])
