@@ -309,7 +309,7 @@ class Run:
                              f"{lacking[0]}; run python sample.py --score MODEL")
         settings = read_json(sidecar).get("settings", {}) if os.path.exists(sidecar) else {}
         self.scorer = ", ".join([os.path.basename(path)] + [f"{key} {settings[key]}" for key in ("model", "kind", "aggregate")
-                                                            if key in settings])
+                                                            if settings.get(key)])
         self.scores = np.array([[r["score"] for r in problem] for problem in self.problems], float)  # (P, n)
         if all(r["scored"] is not None for r in counted):  # (n,): when, since scoring began, every problem had k scores
             self.scoring_seconds = np.max([sorted(r["scored"] for r in problem) for problem in self.problems], axis=0)
