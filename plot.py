@@ -360,7 +360,8 @@ def draw_speedup(ax, rows, x, fixed):
     ax.set_xticks(sorted({row[x] for row in rows}), labels=[f"{value:,}" for value in sorted({row[x] for row in rows})])
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_ylim(0, None)
-    ax.legend(frameon=False, fontsize=11, labelcolor="linecolor", handlelength=1.2)
+    if x == "batch":  # the panel beside it has the same lines
+        ax.legend(frameon=False, fontsize=11, labelcolor="linecolor", handlelength=1.2)
     if not best:
         return "Nothing to compare with the Transformer"
     what = {"batch": "rows", "generate": "new tokens"}[x]
