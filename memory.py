@@ -66,7 +66,8 @@ def memory_needed(config, teacher, tokens, answers, matrix_length, stages, args,
         "copies for autocast": 2 * size if width == 2 and not args.checkpoint_activations else 0,
         "activations": tokens * layers,
         # KL: logits of both, then float32 at answer positions: both log-softmaxes, the terms of the KL, a gradient
-        "logits": tokens * config.vocab_size * (2 * width + 18 * answers if "kl" in stages else width + 8)}
+        "logits": tokens * (0 if "verifier" in stages else config.vocab_size)  # a verifier has one number per token
+        * (2 * width + 18 * answers if "kl" in stages else width + 8)}
 
 
 def block_memory(config, mixer, args):
