@@ -768,13 +768,15 @@ def make_verifier(teacher_folder, args):
 
 def generator_folder(teacher_folder, args):
     """Whose completions the verifier learns from: the folder of the model OUT/<--verifier-from>, or the teacher's."""
-    folder = os.path.join(args.out, args.verifier_from)
-    if args.verifier_from == "teacher":
-        return teacher_folder
-    if not os.path.exists(os.path.join(folder, "config.json")):
+    name = args.verifier_from or "pure"
+    folder = os.path.join(args.out, name)
+    if name != "teacher" and os.path.exists(os.path.join(folder, "config.json")):
+        return folder
+    if args.verifier_from not in (None, "teacher"):
         raise ValueError(f"no model {folder} to draw completions from: run distill.py without --verifier first, name another "
                          f"with --verifier-from, or take --verifier-from teacher")
-    return folder
+    print(f"completions to learn from: the teacher's{'' if args.verifier_from else f', as there is no {folder}'}", flush=True)
+    return teacher_folder
 
 
 @dataclasses.dataclass
@@ -965,8 +967,8 @@ def parse_args(argv=None):
         "wider than 64: 6e-5 at d_model 2048")
     add("--verifier", action="store_true", help="make OUT/verifier, which tells right completions from wrong ones, instead of "
         "students")
-    add("--verifier-from", metavar="NAME", default="pure", help="the model OUT/NAME whose completions it learns from, drawn with "
-        "the --data options; teacher is the teacher")
+    add("--verifier-from", metavar="NAME", help="the model OUT/NAME whose completions it learns from, drawn with the --data "
+        "options; teacher is the teacher; default: pure if it is there, as it draws six times as fast, else the teacher")
     add("--verifier-problems", type=at_least(HELD_OUT), default=500, help="training problems that are completed for it; a tenth "
         "is held out for its evaluation")
     add("--verifier-samples", type=at_least(1), default=8, help="completions of each")

@@ -241,6 +241,14 @@ def test_a_mistake_is_one_clear_line(command, tmp_path, options, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_by_default_the_pure_student_writes_and_else_the_teacher(tmp_path):
+    args = distill.parse_args(["--verifier", "--out", str(tmp_path)])
+    assert distill.generator_folder("given", args) == "given"
+    (tmp_path / "pure").mkdir()
+    (tmp_path / "pure" / "config.json").write_text("{}")
+    assert distill.generator_folder("given", args) == str(tmp_path / "pure")
+
+
 def test_completions_that_are_all_wrong_are_refused(command, told, monkeypatch):
     monkeypatch.setattr(distill, "is_correct", lambda answer, gold: False)
     with pytest.raises(ValueError, match="0 are right, but a verifier learns from both"):
