@@ -590,7 +590,8 @@ def find_models(out):
     """Folders of the finished checkpoints under `out` that write text: the teacher first, then by name."""
     folders = [os.path.join(out, name) for name in (sorted(os.listdir(out)) if os.path.isdir(out) else [])]
     folders = [folder for folder in folders if os.path.isfile(os.path.join(folder, "config.json"))
-               and "LlamaForSequenceClassification" not in read_json(os.path.join(folder, "config.json")).get("architectures", [])]
+               and "LlamaForSequenceClassification" not in
+               (read_json(os.path.join(folder, "config.json")).get("architectures") or ())]
     if not folders:
         raise ValueError(f"no models under {out}/: run python distill.py first, or name one with --model")
     return sorted(folders, key=lambda folder: os.path.basename(folder) != "teacher")
