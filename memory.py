@@ -159,7 +159,8 @@ def choose_batch(config, device, dtype, completions, max_length, free, prompts=1
         rows = min(rows, MOST_ROWS_ON_CPU)
     needed = sampling_memory(config, dtype, rows, max_length, prompts, longest)
     total, most = sum(needed.values()), max(needed, key=needed.get)
-    print_needed(needed, f"for {rows} rows of up to {max_length:,} tokens", free)
+    caches = (needed["KV caches"] + needed["SSM states"]) / rows / 1e6
+    print_needed(needed, f"for {rows} rows of up to {max_length:,} tokens ({caches:.3g} MB of caches and states each)", free)
     if total > free:
         raise ValueError(f"{rows} rows of up to {max_length:,} tokens need about {total / 1e9:.3g} GB, {free / 1e9:.3g} GB are free"
                          + (f", and most is needed for {most}: --batch-size {fits} is the largest that fits" if fits else
