@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import distill
+import verifier as verifying
 from data import find_models, load_tokenizer, read_problems
-from distill import Graded, collate, packed, ranked_right, ranking, verdict_loss, verifier_from
+from distill import collate
 from model import Verifier
 from sample import Completion
+from verifier import Graded, packed, ranked_right, ranking, verdict_loss, verifier_from
 
 
 # ------------------------------------------------------------------------------------------------ the figures
@@ -73,10 +75,10 @@ def test_the_evaluation_scores_as_one_text_at_a_time_would(verifier, make_lm, mo
     """Red if padding, the wrong row or the token before the last is read, or if the prompt's likelihood counts."""
     teacher, seen = make_lm(seed=1), []
     graded = [Graded(0, prompt, answer[:-1], i == 1) for i, (prompt, answer) in enumerate(ROWS[:2])]
-    monkeypatch.setattr(distill.Verifier, "from_pretrained", lambda *_: verifier)
-    monkeypatch.setattr(distill.LM, "from_pretrained", lambda *_: teacher)
-    monkeypatch.setattr(distill, "ranking", lambda scores, right, _: seen.append(dict(zip(right.tolist(), scores.tolist()))))
-    found = distill.evaluate("", "", graded, distill.parse_args(["--device", "cpu"]))
+    monkeypatch.setattr(verifying.Verifier, "from_pretrained", lambda *_: verifier)
+    monkeypatch.setattr(verifying.LM, "from_pretrained", lambda *_: teacher)
+    monkeypatch.setattr(verifying, "ranking", lambda scores, right, _: seen.append(dict(zip(right.tolist(), scores.tolist()))))
+    found = verifying.evaluate("", "", graded, distill.parse_args(["--device", "cpu"]))
     odds, likelihood = {}, {}
     for g in graded:
         ids = torch.tensor([g.prompt + g.answer])
@@ -130,7 +132,7 @@ def told(monkeypatch, task_file):
 @pytest.fixture
 def lenient(monkeypatch):
     """The tiny teacher is hardly ever right: here every answer with an even last digit is."""
-    monkeypatch.setattr(distill, "is_correct", lambda answer, gold: (answer or "1")[-1] in "02468")
+    monkeypatch.setattr(verifying, "is_correct", lambda answer, gold: (answer or "1")[-1] in "02468")
 
 
 def records(folder):
@@ -140,9 +142,9 @@ def records(folder):
 def test_the_verifier_is_trained_on_graded_samples(command, told, monkeypatch):
     """Hand-made completions: 60 problems x 3. Red if a label is wrong, if a held-out problem is trained on, if a completion
     that was cut off gets the stop token, or if one that ended does not."""
-    trained_on, held_out, pack, evaluate = [], [], distill.packed, distill.evaluate
-    monkeypatch.setattr(distill, "packed", lambda pairs: (trained_on.extend(pairs), pack(pairs))[1])
-    monkeypatch.setattr(distill, "evaluate", lambda *a: (held_out.extend(a[2]), evaluate(*a))[1])
+    trained_on, held_out, pack, evaluate = [], [], verifying.packed, verifying.evaluate
+    monkeypatch.setattr(verifying, "packed", lambda pairs: (trained_on.extend(pairs), pack(pairs))[1])
+    monkeypatch.setattr(verifying, "evaluate", lambda *a: (held_out.extend(a[2]), evaluate(*a))[1])
     folder = command()
     tokenizer = load_tokenizer("arithmetic")
     expected = {False: [], True: []}
@@ -243,13 +245,13 @@ def test_a_mistake_is_one_clear_line(command, tmp_path, options, message):
 
 def test_by_default_the_pure_student_writes_and_else_the_teacher(tmp_path):
     args = distill.parse_args(["--verifier", "--out", str(tmp_path)])
-    assert distill.generator_folder("given", args) == "given"
+    assert verifying.generator_folder("given", args) == "given"
     (tmp_path / "pure").mkdir()
     (tmp_path / "pure" / "config.json").write_text("{}")
-    assert distill.generator_folder("given", args) == str(tmp_path / "pure")
+    assert verifying.generator_folder("given", args) == str(tmp_path / "pure")
 
 
 def test_completions_that_are_all_wrong_are_refused(command, told, monkeypatch):
-    monkeypatch.setattr(distill, "is_correct", lambda answer, gold: False)
+    monkeypatch.setattr(verifying, "is_correct", lambda answer, gold: False)
     with pytest.raises(ValueError, match="0 are right, but a verifier learns from both"):
         command()
