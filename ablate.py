@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from data import load_task, load_tokenizer, prompt_template, read_json, solution_text, write_json
-from distill import collate, distill, kl_loss, split_by_tokens
+from distill import collate, distill, kl_loss, split_by_tokens, write_lines
 from grade import extract_answer, is_correct, pass_at_k, table
 from model import LM, fingerprint
 from sample import generate, world
@@ -123,8 +123,7 @@ def ablate(teacher_folder, args):
             raise
     results = dict(teacher=teacher.result(), seeds=args.ablate_seeds, scale=SCALE * args.scale, students=entries)
     write_json(args.out + ".json", results)
-    with open(args.out + ".md", "w", encoding="utf-8") as f:
-        f.write(report(results) + "\n")
+    write_lines(args.out + ".md", [report(results) + "\n"])
     print(f"\n{report(results)}\n\nwrote {args.out}.json and {args.out}.md")
 
 

@@ -341,6 +341,8 @@ def against_transformers(folder, batch, prompt, generate, device, dtype, repeats
     except ImportError:
         raise ValueError("--against compares with the package transformers: pip install transformers") from None
     lm = LM.from_pretrained(folder, device, dtype).eval().fuse()
+    if set(lm.config.mixers) != {"attention"}:
+        raise ValueError(f"--against {folder} holds a student, which transformers cannot run: give a Llama's folder")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     theirs.generation_config.eos_token_id = None
     prompts = torch.randint(lm.config.vocab_size, (batch, prompt), device=device)

@@ -22,7 +22,6 @@ import os
 import re
 import sys
 import time
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +31,7 @@ from tqdm import tqdm
 
 from data import (Parser, at_least, choose_subset, find_models, load_task, load_tokenizer, prompt_template, read_json,
                   refuse_other_settings, run, write_json)
+from grade import crc
 from memory import MOST_ROWS_ON_CPU, choose_batch, free_memory, stored_config
 from model import LM, CacheReads, choose_device, columns_read, device_name, fingerprint
 from reward import AGGREGATE, RewardModel, batches, likelihood_text, process_text, verifier_text
@@ -392,7 +392,7 @@ def sample_model(model_folder, folder, problems, args):
     prompts = [tokenizer.chat(template.replace("{question}", problem.question)) for problem in problems]
     check_settings(prompts, args.num_samples, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.batch_size or 1)
     path, summary = os.path.join(folder, "samples.jsonl"), os.path.join(folder, "samples.json")
-    earlier = read_json(summary)["settings"] if os.path.exists(path) and os.path.exists(summary) else {}
+    earlier = read_json(summary).get("settings", {}) if os.path.exists(path) and os.path.exists(summary) else {}
     batch_size = rows_at_a_time(model_folder, prompts, args.batch_size or earlier.get("batch_size"), args)
     lm = LM.from_pretrained(model_folder, args.device, args.dtype).eval().fuse()
     settings = dict(task=args.task, problems=len(problems), subset_seed=args.subset_seed, prompt=template,
@@ -442,11 +442,6 @@ def progress(folder, total, initial):
 SCORED = ("problem", "sample", "question", "completion", "finish")  # what scoring reads of a record of samples.jsonl
 
 
-def crc_of(completion):
-    """Eight hex digits that tell whether a text is still the one that was scored."""
-    return f"{zlib.crc32(completion.encode('utf-8', 'surrogatepass')):08x}"
-
-
 def sampled_folders(out, models):
     """The folders under `out` that hold samples; of these models if any are named, and then of all of them."""
     if models:
@@ -474,9 +469,11 @@ def read_scorable(path):
 
 def read_scores(path, records):
     """Records of a scores.jsonl, as read_samples. ValueError if one is not of these samples: sampled again since?"""
-    scores, crcs = read_samples(path), {(r["problem"], r["sample"]): crc_of(r["completion"]) for r in records}
-    for score in scores:
-        if crcs.get((score.get("problem"), score.get("sample")), "none") != score.get("crc"):
+    scores, crcs = read_samples(path), {(r["problem"], r["sample"]): crc(r) for r in records}
+    for number, score in enumerate(scores, 1):
+        if not isinstance(score, dict) or not {"problem", "sample", "crc", "num_tokens", "seconds"} <= score.keys():
+            raise ValueError(f"{path}, line {number} is no score that sample.py wrote: delete {path}")
+        if crcs.get((score["problem"], score["sample"])) != score["crc"]:
             raise ValueError(f"{path} holds scores of other samples (problem {score.get('problem')}, sample "
                              f"{score.get('sample')}): delete {path}")
     return scores
@@ -485,7 +482,7 @@ def read_scores(path, records):
 def score_of(text, steps, aggregate, seconds):
     """The line of scores.jsonl for a text and its p at each step, or at its end (aggregate None), as bytes."""
     record = dict(problem=text.record["problem"], sample=text.record["sample"], score=AGGREGATE[aggregate or "last"](steps),
-                  num_tokens=len(text.ids), seconds=round(seconds, 4), crc=crc_of(text.record["completion"]))
+                  num_tokens=len(text.ids), seconds=round(seconds, 4), crc=crc(text.record))
     return (json.dumps(record | (dict(steps=[round(p, 6) for p in steps]) if aggregate else {})) + "\n").encode()
 
 
@@ -505,7 +502,7 @@ def score_samples(folder, reward, weights, args):
                     score_tokens=args.score_tokens, processes=world(), device=reward.lm.device.type,
                     dtype=str(reward.lm.dtype).removeprefix("torch."), weights=weights)
     if os.path.exists(path):
-        refuse_other_settings(path, read_json(summary)["settings"] if os.path.exists(summary) else {}, settings)
+        refuse_other_settings(path, read_json(summary).get("settings", {}) if os.path.exists(summary) else {}, settings)
     barrier()  # nobody writes before everybody has compared the settings
     scores = read_scores(path, records)
     done, tokens = {(s["problem"], s["sample"]) for s in scores}, sum(s["num_tokens"] for s in scores)

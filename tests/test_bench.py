@@ -355,7 +355,16 @@ def test_plot_draws_a_bench_alone_and_what_is_measured_again_counts(tmp_path, me
 
 @pytest.mark.parametrize("rows", [ROWS[:1], ROWS[1:2], ROWS[6:7], [row | dict(ratio=None) for row in ROWS]], ids=str)
 def test_any_rows_can_be_drawn(rows):
-    plot.plt.close(plot.draw_bench(rows))
+    figure = plot.draw_bench(rows)
+    assert len(figure.axes) == 3 * len({row["shape"] for row in rows}) and all(ax.get_title() for ax in figure.axes)
+    plot.plt.close(figure)
+
+
+def test_against_a_student_is_a_mistake(make_lm, tmp_path):
+    pytest.importorskip("transformers")
+    make_lm(["attention", "mamba2"]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a student"):
+        bench.main(["--bench", "--against", str(tmp_path), "--device", "cpu"])
 
 
 def test_against_transformers_prints_three_speeds(make_lm, tmp_path, capsys):

@@ -282,10 +282,19 @@ def test_the_likelihood_is_the_product_over_the_completions_tokens(out, process_
             logp = lm(torch.tensor([ids]))[0].log_softmax(-1)
         expected = sum(logp[at, ids[at + 1]].item() for at in range(len(prompt) - 1, len(ids) - 1))
         row = rows[record["problem"], record["sample"]]
-        assert row["score"] == pytest.approx(math.exp(expected), rel=1e-3) and "steps" not in row
+        assert math.log(row["score"]) == pytest.approx(expected, rel=1e-5) and "steps" not in row
     settings = json.loads((out / "pure" / "likelihood.json").read_text())["settings"]
     assert (settings["kind"], settings["aggregate"]) == ("likelihood", None)
     assert lines(out / "pure" / "scores.jsonl")[0]["steps"]
+
+
+@pytest.mark.parametrize("line", ["5", "{}", '{"problem": 0, "sample": 0, "crc": "00000000"}'])
+def test_a_line_that_is_no_score_is_named(out, process_model, line):
+    score(process_model, "--model", "pure")
+    with open(out / "pure" / "scores.jsonl", "a") as f:
+        f.write(line + "\n")
+    with pytest.raises(ValueError, match="scores.jsonl, line 21 is no score"):
+        score(process_model, "--model", "pure")
 
 
 @pytest.mark.parametrize("name", ["samples.jsonl", "../scores.jsonl", "scores.txt"])
