@@ -17,6 +17,24 @@ import torch
 if not torch.cuda.is_available():  # before kernels.py is imported: its Triton kernels are then interpreted on the CPU
     os.environ["TRITON_INTERPRET"] = "1"
 
+# The largest error that the arithmetic of a dtype allows, as a share of the largest entry of what is
+# expected. Never what one machine printed: another processor adds up in another order.
+TOLERANCE = {
+    torch.float64: 1e-12,  # a rounding is 2^-53 = 1e-16; long sums and their exponentials lose 4 digits
+    torch.float32: 2e-5,  # 2^-24 = 6e-8; two to three digits are lost likewise, over a few layers
+    torch.float16: 4e-3,  # 2^-11 = 5e-4: inputs, weights and outputs are rounded, sums are float32
+    torch.bfloat16: 3e-2,  # 2^-8 = 4e-3: likewise
+}
+
+
+def assert_close(found, expected, dtype=None, times=1.0):
+    """The largest difference is at most TOLERANCE of `dtype`, else of what was found, times a factor
+    that a test explains."""
+    scale = expected.double().abs().max().clamp(min=1e-30)
+    error = ((found.double() - expected.double()).abs().max() / scale).item()
+    assert error <= times * TOLERANCE[dtype or found.dtype], f"off by {error:.1e} of its scale"
+
+
 PATTERNS = {
     "attention": ["attention"] * 3,
     "mamba": ["mamba"] * 3,

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from conftest import TOLERANCE
 import kernels
 import model
 from model import LM, Config, choose_device, rope_frequencies, student_from
@@ -25,7 +26,7 @@ def random_tokens(*shape, seed=1, vocab=50):
     return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def assert_near(actual, expected, tolerance=1e-5):
+def assert_near(actual, expected, tolerance=TOLERANCE[torch.float32]):
     """Equal up to `tolerance` of the scale of what is expected."""
     assert_close(actual, expected, rtol=0, atol=tolerance * max(1.0, expected.abs().max().item()))
 
@@ -197,9 +198,9 @@ def test_a_row_does_not_depend_on_its_neighbours(make_lm, pattern):
         state = ragged_state(lm, [mine[:4], *others], room=4)
         results.append([lm(torch.cat([mine[None, t:t + 1], random_tokens(3, 1, seed=seed + t)]), state)[0] for t in (4, 5)])
     for first, second in zip(*results):
-        assert_near(first, second, 1e-6)
+        assert_near(first, second)
     others = lm(torch.stack([mine, random_tokens(6, seed=8)])), lm(torch.stack([mine, random_tokens(6, seed=9)]))
-    assert_near(others[0][0], others[1][0], 1e-6)
+    assert_near(others[0][0], others[1][0])
 
 
 def test_the_future_changes_nothing(make_lm, pattern):
@@ -210,7 +211,7 @@ def test_the_future_changes_nothing(make_lm, pattern):
         changed = tokens.clone()
         changed[0, t] = (changed[0, t] + 1) % 50
         after = lm(changed)
-        assert_near(after[:, :t], before[:, :t], 1e-6)
+        assert_near(after[:, :t], before[:, :t])
         assert (after[:, t] - before[:, t]).abs().max() > 1e-3
 
 
@@ -641,15 +642,15 @@ def test_the_convolution_starts_by_passing_the_current_token(make_lm, mixer):
 def test_the_gate_of_mamba2_starts_at_1_for_every_input(make_lm):
     mixer = student_from(make_lm(), ["mamba2"] * 3).layers[0].mix()
     z = torch.randn(5, 32) @ mixer.in_proj.weight[96:128].T
-    assert_close(F.silu(z + mixer.z_bias), torch.ones(5, 32), rtol=0, atol=1e-6)
+    assert_close(F.silu(z + mixer.z_bias), torch.ones(5, 32), rtol=0, atol=TOLERANCE[torch.float32])
 
 
 def test_a_mamba2_student_starts_with_slow_decays_and_no_skip(make_lm):
     """A head that forgets within a few tokens gets no gradient for what it should have kept; attention has no skip."""
     mixer = student_from(make_lm(), ["mamba2"] * 3).layers[0].mix()
     log_decay = mixer.project(torch.randn(2, 9, 32))[2]
-    assert (log_decay - log_decay[:1, :1]).abs().max() < 1e-6  # the same for every token
-    assert log_decay.exp().min() >= 0.5 - 1e-6 and log_decay.exp().max() > 0.99 and not mixer.D.any()
+    assert (log_decay - log_decay[:1, :1]).abs().max() < TOLERANCE[torch.float32]  # the same for every token
+    assert log_decay.exp().min() >= 0.5 - TOLERANCE[torch.float32] and log_decay.exp().max() > 0.99 and not mixer.D.any()
 
 
 def test_a_student_can_be_a_teacher(make_lm):
