@@ -1,421 +1,509 @@
-"""How fast do they decode? Random weights in the shapes of real models, as a Transformer and as its students.
+"""How fast do they decode? A Transformer and its students, in the shapes of real models.
 
-    python sample.py --bench                                                   a minute or two on a laptop
-    python sample.py --bench --shape llama-1b llama-3b --batch 1,16,64,256,512 --generate 512,2048,8192
-    python sample.py --bench --against FOLDER --batch 16 --prompt 60 --generate 128     a Llama here and in transformers
+    python bench.py                          random weights; a minute on a laptop
+    python bench.py --shape llama-1b llama-3b --batch 1,64,256 --generate 512,2048
+    python bench.py --ceiling                the most that a student can gain, by bytes alone
+    python bench.py --against FOLDER         a Llama's weights, here and in transformers
+    python bench.py --kernels                the selective scan here and in other packages
 
-Writes  out/bench.jsonl, a line per measurement; python plot.py draws them. Rerunning measures what is not there yet.
+Writes  out/bench.jsonl, a line per measurement, and out/bench.png: only the first of these jobs
 
-The protocol of the literature: random prompts of one length, a fixed number of new tokens, no stop token. Every row of the
-batch is decoded as sample.py decodes it (temperature 0.8). Prompts are timed by themselves. Decoding is timed after a
-warm-up, either every step or, where that takes too long, a few steps at several lengths of the context, between which
-the time is interpolated; a line says which. KV caches and SSM states hold random numbers. The models take turns, several
-times, each alone in memory, and the ratio to the Transformer is the median of those of the turns.
-
-With --against nothing is written: whole texts are drawn with real weights, prompts included, in turns with
-transformers.generate and with the products of the weights alone, which bound what any engine can do with them.
-
-Contents: shapes, the engine, time, bytes, memory, a measurement, the table, against transformers, the script.
+What is timed are steps of sample.py, at 8 lengths of the context, after a warm-up: a full batch at
+temperature 0.8, all rows of one length, none of which stops. KV caches and states hold random
+numbers. The models take turns, each alone in memory; their ratio is the median over the turns.
+Prompts are not timed, except with --against, which draws whole texts.
 """
-import collections
-import ctypes
-import dataclasses
 import datetime
 import gc
 import itertools
-import json
 import os
 import statistics
 import time
+from typing import NamedTuple
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 
 import kernels
-from data import Parser, at_least
-from memory import free_memory, sampling_memory, state_tensors, weight_bytes
-from model import FLOAT32_PARAMETERS, LM, Config, choose_device, device_name, linear, shapes_only
-from sample import Batch, Prompts, choose_tokens, read_samples
-from sample import generate as sample_texts
+from common import Parser, choose_device, device_name, json_line, number, replace_file, run
+from decode_kernels import prepare
+from model import LM, Config, cast
+from sample import Batch, advance, choose_tokens
+from sample import generate as draw_texts
 
-# ------------------------------------------------------------------------------------------------ shapes
+
+# ---------------------------------------------------------------------------- shapes
+class Shape(NamedTuple):
+    """A Llama, and the students that are compared with it."""
+    llama: dict  # fields of Config
+    mixer: str  # what replaces attention in the hybrid; in the pure student it is mamba2
+    attention: tuple  # the layers that stay attention in the hybrid
+    pure: dict = {}  # fields in which the pure student differs from the Llama
+
+
+LLAMA_3B = dict(vocab_size=128256, d_model=3072, n_layers=28, n_heads=24, n_kv_heads=8, d_ff=8192)
+HYBRID_3B = 3, 8, 13, 18, 23, 27  # MambaInLlama's; of its 1B hybrid only the number, 4, is known
 SHAPES = {
-    "tiny": dict(vocab_size=597),  # of the built-in experiment
-    "smollm2-135m": dict(vocab_size=49_152, d_model=576, n_layers=30, n_heads=9, n_kv_heads=3, d_ff=1536),
-    "llama-1b": dict(vocab_size=128_256, d_model=2048, n_layers=16, n_heads=32, n_kv_heads=8, d_ff=8192),
-    "llama-3b": dict(vocab_size=128_256, d_model=3072, n_layers=28, n_heads=24, n_kv_heads=8, d_ff=8192)}
-# The mixer and the attention layers of the hybrids. The paper's are MambaInLlama's: the 3B one keeps these six layers; of the
-# 1B one only their number is known, 4, and every fourth is where MambaInLlama's 8B with as large a share keeps them. The
-# other two shapes have the mixer that distill.py takes by default, SmolLM2 the same share of attention.
-HYBRIDS = {"tiny": ("mamba2", [1]), "smollm2-135m": ("mamba2", range(3, 30, 4)),
-           "llama-1b": ("mamba", [3, 7, 11, 15]), "llama-3b": ("mamba", [3, 8, 13, 18, 23, 27])}
-PATTERNS = ("transformer", "pure", "hybrid")
+    "tiny": Shape(dict(), "mamba2", (1,)),  # of the built-in experiment
+    "smollm2-135m": Shape(dict(vocab_size=49152, d_model=576, n_layers=30, n_heads=9, n_kv_heads=3,
+                               d_ff=1536), "mamba2", (3, 7, 11, 15, 19, 23, 27)),
+    "llama-1b": Shape(dict(vocab_size=128256, d_model=2048, n_layers=16, n_heads=32, n_kv_heads=8,
+                           d_ff=8192), "mamba", (3, 7, 11, 15)),
+    "llama-3b": Shape(LLAMA_3B, "mamba", HYBRID_3B),
+    "llamba-3b": Shape(LLAMA_3B, "mamba", HYBRID_3B,  # its pure student as Llamba released it
+                       dict(n_heads=32, n_kv_heads=32, head_dim=96, d_state=64)),
+}
+PATTERNS = "transformer", "pure", "hybrid"
 
 
 def config_of(shape, pattern):
     """The Config of a shape with attention everywhere, nowhere, or in the hybrid's layers."""
-    config = Config(**SHAPES[shape])
-    mixer, attention = HYBRIDS[shape] if pattern == "hybrid" else ("mamba2", ())
-    mixers = ["attention" if pattern == "transformer" or i in attention else mixer for i in range(config.n_layers)]
-    return dataclasses.replace(config, mixers=mixers)
+    llama, mixer, attention, pure = SHAPES[shape]
+    config = Config(**llama)
+    if pattern == "pure":
+        config = Config(**llama | pure, mixers=["mamba2"] * config.n_layers)
+    if pattern == "hybrid":
+        config = Config(**llama, mixers=["attention" if i in attention else mixer
+                                         for i in range(config.n_layers)])
+    return config
+
+
+def empty_model(config, dtype):
+    """A model without memory, on the device "meta": its weights and states have sizes only."""
+    with torch.device("meta"):
+        return cast(LM(config), "meta", dtype).eval().requires_grad_(False)
 
 
 def random_model(config, device, dtype):
-    """Random weights, made in `dtype` where they stay: a 3B model is never in memory in float32 too."""
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            lm = LM(config).eval().requires_grad_(False)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    for name, weight in lm.named_parameters():
-        if name.endswith(FLOAT32_PARAMETERS):
-            weight.data = weight.data.float()
+    """A model with random weights, made in the dtype in which they stay."""
+    lm = empty_model(config, dtype).to_empty(device=device)
+    for parameter in lm.parameters():
+        parameter.normal_(std=0.02)
     return lm
 
 
-# ------------------------------------------------------------------------------------------------ the engine
-class Engine:
-    """A full batch of sample.generate whose rows have one length and never stop. All that knows sample.py's parts is here."""
-
-    def __init__(self, lm, batch, prompt, generate):
-        def choose(logits, u):
-            return choose_tokens(logits, u, temperature=0.8)
-        self.lm, self.batch = lm, Batch(lm.fuse(), batch, prompt + generate, generate + 1, (), choose)  # + 1: never at the end
-        self.prompts = torch.randint(lm.config.vocab_size, (batch, prompt)).tolist()
-        for tensor in itertools.chain(*(layer.values() for layer in self.batch.state.layers)):
-            tensor.normal_()
-
-    def prefill(self, count):
-        """Run the prompts of the first `count` rows."""
-        rows = list(range(count))
-        owners = [(row, 0) for row in rows]
-        self.batch.start(rows, owners, 0, Prompts(self.lm, self.prompts, owners).start(rows))
-
-    def seek(self, context):
-        """Put all rows at this length of the context."""
-        self.batch.state.lengths.fill_(context)
-        for flags in (self.batch.steps, self.batch.stopped, self.batch.done):
-            flags.zero_()
-
-    def steps(self, count):
-        """So many times: choose a token of every row and run the model on them."""
-        self.batch.advance(count)
+def print_cells(name, *cells, width=12):
+    """Print a line of a table: measured numbers with two decimals, None as a dash."""
+    texts = ("-" if cell is None else f"{cell:,.2f}" if isinstance(cell, float) else str(cell)
+             for cell in cells)
+    print(f"{name:18}" + "".join(f" {text:>{width - 1}}" for text in texts), flush=True)
 
 
-# ------------------------------------------------------------------------------------------------ time
-POSITIONS, WARM_UP, TIMED = 8, 2, 6  # lengths of the context at which steps are timed; steps before, and timed, at each
-LONG = 2 * POSITIONS * (WARM_UP + TIMED)  # new tokens from which sampling a few steps saves something
+# ---------------------------------------------------------------------------- bytes
+def weight_bytes(lm):
+    return sum(parameter.nbytes for parameter in lm.parameters())
 
 
-def seconds(function, count, device):
-    """Wall-clock time of function(count), from an idle device to an idle device."""
-    kernels._synchronize(device)
-    start = time.perf_counter()
-    function(count)
-    kernels._synchronize(device)
-    return time.perf_counter() - start
+def step_bytes(lm, rows, prompt, new, state_dtype=torch.float32):
+    """What a decoding step has to move, on average over the new tokens.
 
-
-def time_prompts(engine, budget):
-    """(seconds per prompt, how many were timed): all that `budget` seconds suffice for, at least one."""
-    engine.prefill(1)
-    count = int(budget / seconds(engine.prefill, 1, engine.lm.device))
-    count = min(max(count, 1), len(engine.prompts))
-    return seconds(engine.prefill, count, engine.lm.device) / count, count
-
-
-def time_every_step(engine, prompt, generate):
-    """(seconds per step, [(context, seconds per step) of each of POSITIONS stretches])."""
-    engine.seek(prompt)
-    engine.steps(min(WARM_UP, generate))
-    engine.seek(prompt)
-    stretches = [stretch for stretch in np.array_split(np.arange(generate), POSITIONS) if len(stretch)]
-    times = [seconds(engine.steps, len(stretch), engine.lm.device) for stretch in stretches]
-    points = [(prompt + stretch.mean(), total / len(stretch)) for stretch, total in zip(stretches, times)]
-    return sum(times) / generate, points
-
-
-def time_some_steps(engine, prompt, generate, positions=POSITIONS):
-    """The same from TIMED steps at each of some lengths of the context, from the first to the last."""
-    points = []
-    for context in np.linspace(prompt, prompt + generate - WARM_UP - TIMED, positions).astype(int):
-        engine.seek(int(context))
-        engine.steps(WARM_UP)
-        points.append((context + WARM_UP + (TIMED - 1) / 2, seconds(engine.steps, TIMED, engine.lm.device) / TIMED))
-    return np.interp(np.arange(prompt, prompt + generate), *zip(*points)).mean(), points
-
-
-METHODS = {"all steps": time_every_step, f"{TIMED} steps at each of {POSITIONS} lengths, interpolated": time_some_steps}
-
-
-def choose_method(engine, prompt, generate, budget):
-    """All steps if they take at most `budget` seconds, to judge by the first and the last."""
-    every, some = METHODS
-    short = generate < LONG or time_some_steps(engine, prompt, generate, 2)[0] * generate <= budget
-    return every if short else some
-
-
-# ------------------------------------------------------------------------------------------------ bytes
-def bytes_per_step(config, dtype, batch, prompt, generate):
-    """What a step has to move, on average over the new tokens.
-
-    Weights are read once, the embedding as the head (untied: only the head). Of each row the KV cache is read up to its
-    length and gets one more token; SSM states and convolution windows are read and written. Activations and logits are
-    not counted: they need not leave the chip.
+    Weights are read once, the embedding as the head (all shapes tie them). What grows with a row is
+    read up to its length, and a token of it written; what does not grow is read and written.
+    Activations and logits are not counted.
     """
-    kv, fixed = (sum(tensor.nbytes for tensor in tensors) for tensors in state_tensors(config, dtype, 1))
-    lookup = 0 if config.tie_embeddings else config.vocab_size * config.d_model * dtype.itemsize
-    context = prompt + (generate + 1) / 2  # mean of prompt + 1, ..., prompt + generate
-    return weight_bytes(config, dtype) - lookup + batch * (context * kv + 2 * fixed)
+    one, two = (lm.init_state(1, length, state_dtype).nbytes() for length in (1, 2))
+    token, fixed = two - one, 2 * one - two
+    context = prompt + (new + 1) / 2  # the mean of prompt + 1, ..., prompt + new
+    return weight_bytes(lm) + rows * (context * token + 2 * fixed)
 
 
-# ------------------------------------------------------------------------------------------------ memory
-def peak(device, anew=False):
-    """The most bytes in use since they were last counted anew; 0 where nobody tells (a CPU without Linux's /proc)."""
-    if anew:
-        gc.collect()
-    if device.type == "cuda":
-        if anew:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated()
-    if not os.access("/proc/self/clear_refs", os.W_OK):
-        return 0
-    if anew:
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "malloc_trim"):  # glibc keeps what was freed: the next model would seem to need nothing
-            libc.malloc_trim(0)
-        with open("/proc/self/clear_refs", "w") as f:
-            f.write("5")
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
+def rows_in(memory, lm, length, state_dtype=torch.float32):
+    """How many rows of `length` tokens fit into so many bytes, beside the weights."""
+    row = lm.init_state(1, length, state_dtype).nbytes()
+    return max(0, int((memory - weight_bytes(lm)) // row))
 
 
-# ------------------------------------------------------------------------------------------------ a measurement
-@dataclasses.dataclass
-class Run:
-    """One turn of one model."""
-    prefill: float  # seconds per prompt, of
-    prompts: int  # so many
-    step: float  # seconds, on average over the new tokens
-    points: list  # [(tokens in the context, seconds per step), ...]
-    method: str
-    memory: int | None
+VARIANTS = [("transformer", torch.float32)] + list(
+    itertools.product(("pure", "hybrid"), (torch.float32, torch.bfloat16)))
+
+
+def ceilings(models, rows, prompt, new, memory=None):
+    """[(ratio, rows) of each of VARIANTS]: its tokens/s over the Transformer's, by bytes alone.
+
+    models: {pattern: model}. rows: decoded at a time; None takes as many as fit `memory` bytes.
+    Where bytes bind, time is bytes / bandwidth, and the bandwidth drops out of the ratio. With
+    thousands of rows arithmetic binds first.
+    """
+    counts = [rows or rows_in(memory, models[pattern], prompt + new, dtype)
+              for pattern, dtype in VARIANTS]
+    if not counts[0]:
+        raise ValueError(f"--memory {memory / 1e9:g} does not hold the Transformer's weights and a "
+                         f"row of {prompt} + {new} tokens: give more")
+    speeds = [count / step_bytes(models[pattern], count, prompt, new, dtype)
+              for count, (pattern, dtype) in zip(counts, VARIANTS)]
+    return [(speed / speeds[0], count) for speed, count in zip(speeds, counts)]
+
+
+def print_ceilings(shape, batch, prompt, generate, memory, dtype):
+    """Print the ceilings at every batch, and with as many rows as fit `memory` GB."""
+    print(f"tokens/s over the Transformer's by bytes alone, and rows; in {str(dtype)[6:]}, "
+          f"columns by the dtype of states;\nat every batch, then in {memory:g} GB")
+    print_cells("shape", "tokens", "transformer", *(f"{pattern} {str(kind)[6:]}" for pattern, kind
+                                                    in VARIANTS[1:]), width=17)
+    for name in shape:
+        models = {pattern: empty_model(config_of(name, pattern), dtype) for pattern in PATTERNS}
+        for rows, new in itertools.product([*batch, None], generate):
+            found = ceilings(models, rows, prompt, new, 1e9 * memory)
+            print_cells(name, f"{prompt}+{new}",
+                        *(f"{ratio:.2f} ({count:,})" for ratio, count in found), width=17)
+
+
+# ---------------------------------------------------------------------------- decoding on the clock
+POSITIONS, STEPS = 8, 4  # lengths of the context; steps timed at each (8 on a GPU, see sample.py)
+ROOM = 32  # tokens for which there is room behind the last, so that no row is ever done
+MACHINE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # bytes of memory
+
+
+def copy_bandwidth(device):
+    """Bytes per second of a large copy, reading and writing counted: the best of some."""
+    source = torch.ones(2 ** 28 if device.type == "cuda" else 2 ** 25, device=device)
+    target, times = torch.empty_like(source), []
+    for _ in range(6):
+        start = time.perf_counter()
+        target.copy_(source)[0].item()  # .item() waits for a GPU
+        times.append(time.perf_counter() - start)
+    return 2 * source.nbytes / min(times)
+
+
+def full_batch(lm, rows, prompt, new):
+    """A Batch of sample.py with room for the texts, all of its rows with a random past."""
+    batch = Batch(lm, rows, prompt + new + ROOM, new + ROOM, (),
+                  lambda logits, u: choose_tokens(logits, u, temperature=0.8))
+    batch.done.fill_(False)
+    for layer in batch.state.layers:
+        for tensor in layer.values():
+            tensor.normal_()
+    return batch
+
+
+def time_steps(batch, context):
+    """(mean length of the context, milliseconds per step) of some steps from `context` tokens."""
+    for _ in range(2):  # the first time to warm up: compile, record, touch
+        batch.state.lengths.fill_(context)
+        batch.steps.zero_()
+        steps, start = int(batch.steps[0]), time.perf_counter()  # int() waits for a GPU
+        while steps < STEPS:
+            advance(batch)
+            steps = int(batch.steps[0])
+        seconds = time.perf_counter() - start
+    return context + steps / 2, 1e3 * seconds / steps
+
+
+class Turn(NamedTuple):
+    """What was measured in one turn of a model."""
+    contexts: tuple  # lengths, equally spaced
+    times: tuple  # milliseconds per step at each
+    gigabytes: float | None  # the most in use; None on a CPU
 
 
 @torch.inference_mode()
-def measure(config, device, dtype, batch, prompt, generate, budget, method=None):
-    """A Run of a model that is made for it and gone afterwards."""
-    start = peak(device, anew=True)
-    engine = Engine(random_model(config, device, dtype), batch, prompt, generate)
-    prefill, prompts = time_prompts(engine, budget)
-    method = method or choose_method(engine, prompt, generate, budget)
-    step, points = METHODS[method](engine, prompt, generate)
-    return Run(prefill, prompts, step, points, method, peak(device) - start or None)
+def measure(config, device, dtype, rows, prompt, new):
+    """A Turn of a model that is made for it and gone afterwards."""
+    lm, on_gpu = prepare(random_model(config, device, dtype)), device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    batch = full_batch(lm, rows, prompt, new)
+    middles = [prompt + new * (2 * i + 1) // (2 * POSITIONS) for i in range(POSITIONS)]
+    points = [time_steps(batch, max(0, middle - STEPS // 2)) for middle in middles]
+    return Turn(*zip(*points), torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None)
 
 
-def attempt(config, device, dtype, batch, prompt, generate, *rest):
-    """`measure`, or None where the memory does not suffice. On a CPU the estimate decides: there Linux ends who takes more."""
-    if device.type == "cpu" and estimate(config, dtype, batch, prompt, generate) > free_memory(device):
+def attempt(config, device, dtype, rows, prompt, new):
+    """What measure returns, or None where memory does not suffice.
+
+    On a CPU that is computed: Linux ends a process that takes too much, without an error.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif rows > rows_in(MACHINE, empty_model(config, dtype), prompt + new + ROOM):
         return None
     try:
-        return measure(config, device, dtype, batch, prompt, generate, *rest)
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-    return None
-
-
-def estimate(config, dtype, batch, prompt, generate):
-    """Bytes that memory.py expects: prompts are run one by one, and none is kept."""
-    return sum(sampling_memory(config, dtype, batch, prompt + generate, 1, prompt).values())
+        return measure(config, device, dtype, rows, prompt, new)
+    except torch.OutOfMemoryError:
+        return None
 
 
 def take_turns(configs, repeats, *rest):
-    """{pattern: its Runs, [] if it was out of memory}, the models one after the other, `repeats` times."""
-    runs = {pattern: [] for pattern in configs}
-    for _ in range(repeats):
-        for pattern, config in configs.items():
-            if None not in runs[pattern]:
-                runs[pattern].append(attempt(config, *rest, runs[pattern][0].method if runs[pattern] else None))
-    return {pattern: [] if None in found else found for pattern, found in runs.items()}
+    """{pattern: its Turns, () if out of memory}, one model after another, `repeats` times."""
+    rounds = [[attempt(config, *rest) for config in configs.values()] for _ in range(repeats)]
+    return {pattern: () if None in turns else turns
+            for pattern, turns in zip(configs, zip(*rounds))}
 
 
-def settings_of(shape, pattern, device, dtype, batch, prompt, generate):
-    """What tells one line of bench.jsonl from another."""
-    counts = collections.Counter(config_of(shape, pattern).mixers)
-    return dict(shape=shape, pattern=pattern, mixers=" + ".join(f"{n} {mixer}" for mixer, n in sorted(counts.items())),
-                dtype=str(dtype).removeprefix("torch."), device=device_name(device), batch=batch, prompt=prompt,
-                generate=generate)
+def summary(turns, transformer, rows, copying):
+    """What a line of bench.jsonl says of these Turns; {} if there are none.
 
-
-MEASURED = ("method", "prefill_prompts", "prefill_tokens_per_second", "decode_tokens_per_second", "ms_per_step", "spread",
-            "fraction", "memory", "ratio", "contexts", "ms_at_contexts")
-
-
-def measured(runs, transformer, batch, prompt, moved, bandwidth):
-    """The fields MEASURED of a line: medians over the runs; null if there are none, out of memory.
-
-    spread: the slowest less the fastest, of the median; fraction: of the copy bandwidth; ratio: as fast as the Transformer.
+    spread: slowest less fastest, over the median; ratio: how many times as fast as the Transformer;
+    of_copy: `copying`, seconds in which a copy moves the bytes of a step, over a step's.
     """
-    if not runs:
-        return dict.fromkeys(MEASURED)
-    every = [run.step for run in runs]
-    step, ratios = statistics.median(every), [theirs.step / run.step for theirs, run in zip(transformer, runs)]
-    contexts, times = [context for context, _ in runs[0].points], zip(*([t for _, t in run.points] for run in runs))
-    values = (runs[0].method, runs[0].prompts, prompt / statistics.median(run.prefill for run in runs), batch / step, 1e3 * step,
-              (max(every) - min(every)) / step, moved / step / bandwidth, max(run.memory or 0 for run in runs) or None,
-              statistics.median(ratios) if ratios else None, contexts,
-              [round(1e3 * statistics.median(turns), 5) for turns in times])
-    return dict(zip(MEASURED, values))
+    if not turns:
+        return {}
+    steps = [statistics.mean(turn.times) for turn in turns]
+    ratios = [statistics.mean(turn.times) / step for turn, step in zip(transformer, steps)]
+    ms = statistics.median(steps)
+    return dict(tokens_per_second=1e3 * rows / ms, ms_per_step=ms, of_copy=1e3 * copying / ms,
+                spread=(max(steps) - min(steps)) / ms,
+                ratio=statistics.median(ratios) if ratios else None,
+                gigabytes=turns[-1].gigabytes, contexts=turns[0].contexts,
+                ms_at_contexts=[statistics.median(t) for t in zip(*(t.times for t in turns))])
 
 
-def measure_group(shape, batch, generate, device, dtype, bandwidth, args):
-    """The lines of bench.jsonl for the patterns of one shape, batch and length."""
-    configs = {pattern: config_of(shape, pattern) for pattern in args.pattern}
-    runs = take_turns(configs, args.repeats, device, dtype, batch, args.prompt, generate, args.seconds)
-    rows = []
+def measure_group(shape, rows, prompt, new, device, dtype, repeats, bandwidth):
+    """Yield a line of bench.jsonl for each model of a shape, at one batch and length."""
+    configs = {pattern: config_of(shape, pattern) for pattern in PATTERNS}
+    turns = take_turns(configs, repeats, device, dtype, rows, prompt, new)
     for pattern, config in configs.items():
-        with shapes_only():
-            params = LM(config).num_parameters()
-        moved = bytes_per_step(config, dtype, batch, args.prompt, generate)
-        row = settings_of(shape, pattern, device, dtype, batch, args.prompt, generate)
-        row |= dict(params=params, bytes_per_step=moved, copy_bandwidth=bandwidth, oom=not runs[pattern],
-                    memory_estimate=estimate(config, dtype, batch, args.prompt, generate))
-        row |= measured(runs[pattern], runs.get("transformer", []), batch, args.prompt, moved, bandwidth)
-        row |= dict(repeats=args.repeats, date=datetime.date.today().isoformat(), torch=torch.__version__,
-                    threads=torch.get_num_threads())
-        rows.append({name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in row.items()})
-    return rows
+        copying = step_bytes(empty_model(config, dtype), rows, prompt, new) / bandwidth
+        yield dict(shape=shape, batch=rows, prompt=prompt, generate=new, pattern=pattern,
+                   out_of_memory=not turns[pattern], repeats=repeats, dtype=str(dtype)[6:],
+                   device=device_name(device), date=datetime.date.today().isoformat(),
+                   **summary(turns[pattern], turns["transformer"], rows, copying))
 
 
-# ------------------------------------------------------------------------------------------------ the table
-COLUMNS = {"shape": 13, "batch": 6, "tokens": 11, "pattern": 13, "tokens/s": 10, "ms/step": 9, "x Transformer": 15, "GB/step": 9,
-           "of copy": 9, "GB": 7, "estimated": 11, "prefill/s": 11}
+# Okabe and Ito's colours, which stay apart with any colour blindness; markers differ too
+LOOKS = dict(transformer=("#0072B2", "o"), pure=("#D55E00", "s"), hybrid=("#009E73", "^"))
 
 
-def table_line(cells):
-    return "".join(f"{cell:>{width}}" for cell, width in zip(cells, COLUMNS.values()))
+def draw(rows):
+    """A figure: for every shape, at the longest texts, the ratio against the batch; and the time of
+    a step against the context, at the largest batch that has a ratio."""
+    from matplotlib.figure import Figure
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    figure = Figure(figsize=(10, 3.8 * len(shapes)), layout="constrained")
+    for shape, (left, right) in zip(shapes, figure.subplots(len(shapes), 2, squeeze=False)):
+        rated = [row for row in rows if row["shape"] == shape and row.get("ratio")]
+        new = max((row["generate"] for row in rated), default=0)
+        batch = max((row["batch"] for row in rated), default=0)
+        for pattern, (colour, marker) in LOOKS.items():
+            look = dict(color=colour, marker=marker, label=pattern)
+            line = [row for row in rated if (row["pattern"], row["generate"]) == (pattern, new)]
+            left.plot([row["batch"] for row in line], [row["ratio"] for row in line], **look)
+            for row in (row for row in line if row["batch"] == batch):
+                right.plot(row["contexts"], row["ms_at_contexts"], **look)
+        left.set(title=shape, xlabel=f"rows decoded at a time, {new:,} new tokens",
+                 ylabel="tokens/s over the Transformer's")
+        left.set_xscale("log", base=2)
+        left.xaxis.set_major_formatter("{x:,.0f}")
+        right.set(xlabel=f"tokens in the context, {batch:,} rows", ylabel="milliseconds per step")
+        left.set_ylim(0)
+        right.set_ylim(0)
+        left.legend(frameon=False)
+    figure.supxlabel(f"{rows[0]['device']}, {rows[0]['dtype']}, random weights", fontsize=9)
+    return figure
 
 
-def cells_of(row):
-    def number(name, form, scale=1.0):
-        return "-" if row[name] is None else format(row[name] * scale, form)
-    return (row["shape"], row["batch"], f"{row['prompt']}+{row['generate']}", row["pattern"],
-            "no memory" if row["oom"] else number("decode_tokens_per_second", ",.0f"), number("ms_per_step", ".3f"),
-            number("ratio", ".2f"), number("bytes_per_step", ".3g", 1e-9), number("fraction", ".0%"),
-            number("memory", ".3g", 1e-9), number("memory_estimate", ".3g", 1e-9), number("prefill_tokens_per_second", ",.0f"))
+def bench_decoding(shape, batch, prompt, generate, repeats, out, device, dtype):
+    """Measure all shapes, batches and lengths: a table, lines of bench.jsonl, and a figure."""
+    bandwidth, lines, path = copy_bandwidth(device), [], os.path.join(out, "bench.jsonl")
+    os.makedirs(out, exist_ok=True)
+    print(f"copying moves {bandwidth / 1e9:.3g} GB/s; lines go to {path}")
+    shown = "tokens_per_second", "ms_per_step", "spread", "ratio", "of_copy", "gigabytes"
+    print_cells("shape", "rows", "tokens", "model", "tokens/s", *shown[1:])
+    for name, rows, new in itertools.product(shape, batch, generate):
+        for line in measure_group(name, rows, prompt, new, device, dtype, repeats, bandwidth):
+            lines.append(line)
+            with open(path, "ab") as f:
+                f.write(json_line(line))
+            found = ([line.get(key) for key in shown] if not line["out_of_memory"] else
+                     ["out of memory"])
+            print_cells(name, rows, f"{prompt}+{new}", line["pattern"], *found)
+    path = os.path.join(out, "bench.png")
+    replace_file(path, lambda temporary: draw(lines).savefig(temporary, format="png", dpi=150))
+    print(f"wrote {path}")
 
 
-# ------------------------------------------------------------------------------------------------ against transformers
-def run_ours(lm, prompts, tokens):
-    """Draw `tokens` new tokens after each of the prompts (B, L), at temperature 0.8."""
-    for c in sample_texts(lm, prompts.tolist(), max_new_tokens=tokens, batch_size=len(prompts), temperature=0.8):
-        assert len(c.tokens) == tokens
+# ---------------------------------------------------------------------------- against transformers
+def run_ours(lm, prompts, new):
+    """Draw `new` tokens after each of the prompts (B, L); how many that were in all."""
+    return sum(len(c.tokens) for c in draw_texts(
+        lm, prompts.tolist(), max_new_tokens=new, batch_size=len(prompts), temperature=0.8))
 
 
 @torch.inference_mode()
-def run_theirs(model, prompts, tokens):
+def run_theirs(model, prompts, new):
     """The same by transformers; on a GPU with its static cache, whose step it compiles."""
-    cache = dict(cache_implementation="static") if prompts.device.type == "cuda" else {}
-    found = model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=True, temperature=0.8, top_k=0, top_p=1.0,
-                           max_new_tokens=tokens, min_new_tokens=tokens, eos_token_id=None, pad_token_id=0, **cache)
-    assert found.shape[1] == prompts.shape[1] + tokens
+    cache = dict(cache_implementation="static") if prompts.is_cuda else {}
+    texts = model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=True,
+                           temperature=0.8, top_k=0, top_p=1.0, max_new_tokens=new,
+                           min_new_tokens=new, eos_token_id=None, pad_token_id=0, **cache)
+    return texts[:, prompts.shape[1]:].cpu().numel()  # .cpu() waits for a GPU
 
 
-@torch.inference_mode()
-def run_products(products, prompts, tokens):
-    """Only the products with the weights, as many as the new tokens take; fused and packed as LM.fuse has left them."""
-    inputs = {width: torch.randn(len(prompts), width, device=prompts.device, dtype=dtype)
-              for width, dtype in {(group[0].weight.shape[1], group[0].weight.dtype) for group in products}}
-    for _ in range(tokens):
-        for group in products:
-            linear(inputs[group[0].weight.shape[1]], *group)
-
-
-def against_transformers(folder, batch, prompt, generate, device, dtype, repeats):
-    """Print tokens/s of ours, of transformers.generate on the same weights, and of the products alone, in turns."""
+def load_theirs(folder, device, dtype):
+    """The model of a folder in transformers. ValueError if that is not there, or cannot run it."""
     try:
         import transformers
     except ImportError:
-        raise ValueError("--against compares with the package transformers: pip install transformers") from None
-    lm = LM.from_pretrained(folder, device, dtype).eval().fuse()
-    if set(lm.config.mixers) != {"attention"}:
-        raise ValueError(f"--against {folder} holds a student, which transformers cannot run: give a Llama's folder")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-    theirs.generation_config.eos_token_id = None
-    prompts = torch.randint(lm.config.vocab_size, (batch, prompt), device=device)
-    runs = {"ours": (run_ours, lm), "transformers": (run_theirs, theirs), "the products alone": (run_products, lm.products())}
-    for run, model in runs.values():
-        run(model, prompts, min(generate, 8))  # warm-up
-    speeds = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, (run, model) in runs.items():
-            took = seconds(lambda tokens: run(model, prompts, tokens), generate, device)
-            speeds[name].append(batch * generate / took)
-    for name, found in speeds.items():
-        ratio = statistics.median(ours / other for ours, other in zip(speeds["ours"], found))
-        print(f"{name:>20}: {statistics.median(found):,.1f} tokens/s ({min(found):,.1f} to {max(found):,.1f} in {repeats} turns)"
-              + ("" if name == "ours" else f", ours is {ratio:.2f} times as fast"))
+        raise ValueError("--against compares with the package transformers: "
+                         "pip install transformers") from None
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True)
+    if strange := sorted({*info["missing_keys"], *info["unexpected_keys"]}):
+        raise ValueError(f"--against {folder} is not a Llama that transformers can run: it lacks, "
+                         f"or has no use for, {strange[0]}")
+    model.generation_config.eos_token_id = None
+    return model.to(device).eval()
 
 
-# ------------------------------------------------------------------------------------------------ the script
-DEFAULTS = dict(cuda=dict(shape=["llama-1b"], prompt=512, generate=[512, 2048, 8192], batch=[1, 16, 64, 256, 512], seconds=5.0),
-                cpu=dict(shape=["tiny"], prompt=128, generate=[256, 1024], batch=[1, 16, 64, 256], seconds=0.5))
+def bench_against(against, batch, prompt, generate, repeats, device, dtype):
+    """Print tokens/s of whole texts of the Llama in a folder, ours and transformers', in turns."""
+    lm = prepare(LM.from_pretrained(against, device, dtype).eval())
+    runs = dict(ours=(run_ours, lm), theirs=(run_theirs, load_theirs(against, device, dtype)))
+    print_cells("tokens/s", "rows", "tokens", "median", "least", "most")
+    for rows, new in itertools.product(batch, generate):
+        prompts = torch.randint(lm.config.vocab_size, (rows, prompt), device=device)
+        speeds = dict(ours=[], theirs=[])
+        for turn in range(repeats + 1):
+            for name, (run_texts, model) in runs.items():
+                start = time.perf_counter()
+                count = run_texts(model, prompts, new)
+                if turn:  # the first one warms up and compiles
+                    speeds[name].append(count / (time.perf_counter() - start))
+        speeds["ratio"] = [ours / theirs for ours, theirs in zip(*speeds.values())]
+        for name, found in speeds.items():
+            print_cells(name, rows, f"{prompt}+{new}", statistics.median(found), min(found),
+                        max(found))
+
+
+# ---------------------------------------------------------------------------- kernels and peers
+# Each takes our inputs and returns a selective scan and what to call it with.
+def our_scan(inputs):
+    return lambda **inputs: kernels.selective_scan(**inputs, dt_softplus=True)[0], inputs
+
+
+def mamba_ssm_scan(inputs):  # Gu & Dao's own
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    def scan(x, dt, A, B, C, D, z, dt_bias):
+        x, dt, z = (u.transpose(1, 2).contiguous() for u in (x, dt, z))  # (B, D, L)
+        B, C = (u.permute(0, 2, 3, 1).contiguous() for u in (B, C))  # (B, G, N, L)
+        return selective_scan_fn(x, dt, A, B, C, D, z, dt_bias, delta_softplus=True).transpose(1, 2)
+    return scan, inputs
+
+
+def mambapy_scan(inputs):  # as in its MambaBlock.selective_scan; PyTorch only, one group
+    from mambapy.pscan import pscan
+
+    def scan(x, dt, A, B, C, D, z, dt_bias):
+        dt = F.softplus(dt + dt_bias)  # (B, L, D)
+        h = pscan(torch.exp(dt[..., None] * A), (dt * x)[..., None] * B.float())  # (B, L, D, N)
+        y = (h @ C[:, :, 0, :, None].float())[..., 0] + D * x  # (B, L, D)
+        return (y * F.silu(z)).to(x.dtype)
+    return scan, inputs
+
+
+def transformers_layer(inputs):  # the whole layer: it does not offer its scan alone
+    from transformers.models.mamba.modeling_mamba import MambaConfig, MambaMixer
+    x, (channels, d_state) = inputs["x"], inputs["A"].shape
+    layer = MambaMixer(MambaConfig(hidden_size=channels, intermediate_size=channels, expand=1,
+                                   state_size=d_state), layer_idx=0).to(x.device, x.dtype)
+
+    def whole_layer(x, **weights):
+        return torch.func.functional_call(layer, weights, x)
+    return whole_layer, dict(x=x, **dict(layer.named_parameters()))
+
+
+PEERS = {"ours": our_scan, "mamba_ssm": mamba_ssm_scan, "mambapy": mambapy_scan,
+         "transformers layer": transformers_layer}
+
+
+def bench_kernels(shape, batch, prompt, repeats, device, dtype):
+    """Print milliseconds of the selective scan, forward and backward, and of what is installed.
+
+    error: the largest in y and all gradients, over the largest entry of ours.
+    """
+    for name, rows in itertools.product(shape, batch):
+        config = config_of(name, "transformer")
+        inputs = kernels.random_inputs(rows, prompt, config.n_heads * config.head_dim, 16, dtype,
+                                       device)["selective_scan"]
+        del inputs["h0"]  # mamba_ssm's state starts at zero
+        calls, results, times = {}, {}, {peer: [] for peer in PEERS}
+        for peer, make in PEERS.items():
+            try:
+                calls[peer] = make(inputs)
+                results[peer] = kernels.values_and_gradients(*calls[peer])  # a warm-up too
+            except ImportError:
+                print(f"{peer} is not installed")
+        for _, peer in itertools.product(range(repeats), calls):
+            times[peer].append(kernels.milliseconds(*calls[peer]))
+        print_cells(name, "rows", "tokens", "ms", "over ours", "error")
+        for peer, (_, theirs) in calls.items():
+            ms, ours = (statistics.median(times[key]) for key in (peer, "ours"))
+            error = kernels.largest_error(results[peer], results["ours"]) if theirs is inputs else 0
+            print_cells(peer, rows, prompt, ms, ms / ours, f"{error:.0e}" if error else None)
+
+
+# ---------------------------------------------------------------------------- the script
+JOBS = {  # name: its function; the options it takes, with defaults; those that are others on a GPU
+    "decoding": (bench_decoding,
+                 dict(shape=["tiny"], batch=[1, 16, 128], prompt=128, generate=[256, 1024],
+                      repeats=3, out="out", device=None, dtype=None),
+                 dict(shape=["llama-1b"], batch=[1, 16, 64, 256, 512], prompt=512,
+                      generate=[512, 2048, 8192])),
+    "ceiling": (print_ceilings,
+                dict(shape=["llama-1b", "llama-3b", "llamba-3b"], batch=[128, 512], prompt=512,
+                     generate=[512, 2048, 8192], memory=80, dtype="bfloat16"), {}),
+    "against": (bench_against,
+                dict(against=None, batch=[16], prompt=60, generate=[128], repeats=3, device=None,
+                     dtype=None), dict(prompt=512, generate=[512])),
+    "kernels": (bench_kernels,
+                dict(shape=["tiny"], batch=[8], prompt=256, repeats=3, device=None, dtype=None),
+                dict(shape=["llama-1b"], prompt=2048))}
 
 
 def numbers(text):
-    return [at_least(1)(part) for part in text.split(",")]
+    """An argparse type: whole numbers from 1, with commas between them."""
+    return [number(1, 10 ** 7)(part) for part in text.split(",")]
+
+
+def listed(options):
+    """Options with their values, as --help shows them."""
+    return ", ".join(f"{name} {value}" for name, value in options.items() if value)
 
 
 def parse_args(argv=None):
-    def default(name):
-        values = {kind: ",".join(map(str, np.atleast_1d(DEFAULTS[kind][name]))) for kind in ("cuda", "cpu")}
-        return f"; default: {values['cuda']} on cuda, {values['cpu']} on cpu"
+    """(the job, {option: value} of what was given)."""
     parser = Parser(__doc__)
-    parser.add_argument("--bench", action="store_true", help="what brought you here")
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, help="sizes of the model" + default("shape"))
-    parser.add_argument("--pattern", nargs="+", choices=PATTERNS, default=list(PATTERNS), help="all attention, none (discrete "
-                        "Mamba-2), or the paper's attention layers; without transformer there is nothing to compare with")
-    parser.add_argument("--prompt", type=at_least(1), help="tokens of every prompt" + default("prompt"))
-    parser.add_argument("--generate", type=numbers, help="new tokens, as in 512,2048" + default("generate"))
-    parser.add_argument("--batch", type=numbers, help="rows decoded at a time, as in 1,64" + default("batch"))
-    parser.add_argument("--against", metavar="FOLDER", help="compare with transformers.generate on the weights of this Llama, for "
-                        "the first --batch and --generate, instead")
-    parser.add_argument("--repeats", type=at_least(1), default=3, help="turns, whose median counts")
-    parser.add_argument("--seconds", type=at_least(0, float), help="of decoding in one turn, beyond which only some steps are "
-                        "timed; also of prompts" + default("seconds"))
-    parser.add_argument("--out", default="out", help="lines go to OUT/bench.jsonl")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda, float32 on cpu")
-    return parser.parse_args(argv)
+    parser.epilog = "defaults:\n" + "\n".join(
+        f"  {job:10}{listed(defaults)}" + f"\n{'on a GPU':>20}: {listed(on_gpu)}" * bool(on_gpu)
+        for job, (_, defaults, on_gpu) in JOBS.items())
+    add = parser.add_argument_group("job").add_mutually_exclusive_group().add_argument
+    add("--against", metavar="FOLDER", help="whole texts of a Llama, here and in transformers")
+    add("--ceiling", dest="job", action="store_const", const="ceiling", help="what bytes allow")
+    add("--kernels", dest="job", action="store_const", const="kernels", help="scan and gradients")
+    add = parser.add_argument_group("sizes").add_argument
+    add("--shape", nargs="+", choices=SHAPES, metavar="NAME", help=", ".join(SHAPES))
+    add("--batch", type=numbers, metavar="N,N", help="rows at a time")
+    add("--prompt", type=number(1, 10 ** 7), help="tokens before the new ones; all of a scan's")
+    add("--generate", type=numbers, metavar="N,N", help="new tokens")
+    add("--repeats", type=number(1, 1000), help="turns, whose median counts")
+    add("--memory", type=number(1e-3, 1e6, float), metavar="GB", help="for weights and rows")
+    add = parser.add_argument_group("where").add_argument
+    add("--out", help="lines go to OUT/bench.jsonl")
+    add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
+    add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda, else float32")
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items()
+             if value is not None}
+    job = "against" if "against" in given else given.pop("job", "decoding")
+    takes = JOBS[job][1]
+    if strange := sorted(given.keys() - takes.keys()):
+        parser.error(f"--{strange[0]} is not for this job: {job} takes --{', --'.join(takes)}")
+    return job, given
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    device, dtype = choose_device(args.device, args.dtype)
-    for name, value in DEFAULTS[device.type].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.against:
-        against_transformers(args.against, args.batch[0], args.prompt, args.generate[0], device, dtype, args.repeats)
-        return
-    os.makedirs(args.out, exist_ok=True)
-    path = os.path.join(args.out, "bench.jsonl")
-    there = read_samples(path)
+    job, given = parse_args(argv)
+    function, defaults, on_gpu = JOBS[job]
+    options = defaults | given
+    if "device" in options:
+        device, dtype = choose_device(options["device"], options["dtype"])
+        options = defaults | (on_gpu if device.type == "cuda" else {}) | given
+        options |= dict(device=device, dtype=dtype)
+    else:  # nothing is run
+        options["dtype"] = getattr(torch, options["dtype"])
+    function(**options)
 
-    def is_there(pattern, shape, batch, generate):
-        wanted = settings_of(shape, pattern, device, dtype, batch, args.prompt, generate)
-        return any(wanted.items() <= row.items() for row in there)
-    groups = list(itertools.product(args.shape, args.batch, args.generate))
-    todo = [group for group in groups if not all(is_there(pattern, *group) for pattern in args.pattern)]
-    bandwidth = kernels._bandwidth(device)
-    print(f"{path}: {len(groups) - len(todo)} of {len(groups)} settings are there; copying moves {bandwidth / 1e9:.3g} GB/s\n"
-          + table_line(COLUMNS), flush=True)
-    for group in todo:
-        rows = measure_group(*group, device, dtype, bandwidth, args)
-        with open(path, "ab", buffering=0) as f:
-            f.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-        for row in rows:
-            print(table_line(cells_of(row)), flush=True)
+
+if __name__ == "__main__":
+    run(main, "--batch")

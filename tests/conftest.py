@@ -1,11 +1,12 @@
-"""What the test files share: tiny models for every pattern of mixers, a task in a file, and a trained teacher."""
+"""What the test files share: tolerances, tiny models for every pattern of mixers, a task in a file,
+and a tiny teacher with its students."""
 import json
 import os
 import sys
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are so small that threads only get in each other's way
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are so small that threads only wait
 CACHE = tempfile.TemporaryDirectory(prefix="nanoreasoner-tests-")
 os.environ["XDG_CACHE_HOME"] = CACHE.name  # where distill.py keeps what it has tokenised
 ROOT = Path(__file__).resolve().parents[1]
@@ -14,13 +15,13 @@ sys.path.insert(0, str(ROOT))
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # before kernels.py is imported: its Triton kernels are then interpreted on the CPU
+if not torch.cuda.is_available():  # before kernels.py is imported: Triton is then interpreted
     os.environ["TRITON_INTERPRET"] = "1"
 
-# The largest error that the arithmetic of a dtype allows, as a share of the largest entry of what is
-# expected. Never what one machine printed: another processor adds up in another order.
+# The largest error that the arithmetic of a dtype allows, as a share of the largest entry of what
+# is expected. Never what one machine printed: another processor adds up in another order.
 TOLERANCE = {
-    torch.float64: 1e-12,  # a rounding is 2^-53 = 1e-16; long sums and their exponentials lose 4 digits
+    torch.float64: 1e-12,  # a rounding is 2^-53 = 1e-16; long sums of exponentials lose 4 digits
     torch.float32: 2e-5,  # 2^-24 = 6e-8; two to three digits are lost likewise, over a few layers
     torch.float16: 4e-3,  # 2^-11 = 5e-4: inputs, weights and outputs are rounded, sums are float32
     torch.bfloat16: 3e-2,  # 2^-8 = 4e-3: likewise
@@ -28,8 +29,8 @@ TOLERANCE = {
 
 
 def assert_close(found, expected, dtype=None, times=1.0):
-    """The largest difference is at most TOLERANCE of `dtype`, else of what was found, times a factor
-    that a test explains."""
+    """The largest difference is at most TOLERANCE of `dtype`, else of what was found, times a
+    factor that a test explains."""
     scale = expected.double().abs().max().clamp(min=1e-30)
     error = ((found.double() - expected.double()).abs().max() / scale).item()
     assert error <= times * TOLERANCE[dtype or found.dtype], f"off by {error:.1e} of its scale"
@@ -42,6 +43,7 @@ PATTERNS = {
     "attention+mamba": ["mamba", "attention", "mamba"],
     "attention+mamba2": ["attention", "mamba2", "mamba2"],
     "all three": ["mamba2", "mamba", "attention"],
+    "released mamba2": ["mamba2_step", "attention", "mamba2_step"],
 }
 
 
@@ -53,14 +55,15 @@ def pattern(request):
 
 @pytest.fixture(scope="session")
 def make_lm():
-    """make_lm(mixers, **config fields): a tiny model with 4 query heads on 2 kv heads. No parameter is left at a value
-    such as 0 or 1 that would hide a mistake in its use."""
+    """make_lm(mixers, **config fields): a tiny model with 4 query heads on 2 kv heads. No parameter
+    is left at a value such as 0 or 1 that would hide a mistake in its use."""
     import torch
     from model import LM, Config
 
     def make(mixers=("attention",) * 3, seed=0, **fields):
         torch.manual_seed(seed)
-        shape = dict(vocab_size=50, d_model=32, n_layers=len(mixers), n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48)
+        shape = dict(vocab_size=50, d_model=32, n_layers=len(mixers), n_heads=4, n_kv_heads=2,
+                     head_dim=8, d_ff=48)
         lm = LM(Config(**shape | fields, mixers=mixers)).eval()
         with torch.no_grad():
             for parameter in lm.parameters():
@@ -72,29 +75,37 @@ def make_lm():
 
 @pytest.fixture(scope="session")
 def task_file(tmp_path_factory):
-    """A .jsonl task of 60 short problems with worked solutions, so that no test waits for the built-in task."""
+    """A .jsonl task of 60 short problems with solutions: no test waits for the built-in task."""
     path = tmp_path_factory.mktemp("task") / "sums.jsonl"
-    rows = [dict(question=f"{a} +{b} +{b}", solution=f"{a:02d} +{b} = {a + b:02d}\n\\boxed{{{a + 2 * b}}}", answer=a + 2 * b)
+    rows = [dict(question=f"{a} +{b} +{b}", answer=a + 2 * b,
+                 solution=f"{a:02d} +{b} = {a + b:02d}\n\\boxed{{{a + 2 * b}}}")
             for a in range(10, 70, 5) for b in range(1, 6)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
-TINY = ["--pretrain", "--d-model", "32", "--n-layers", "2", "--n-heads", "2", "--d-ff", "64", "--batch-tokens", "512",
-        "--matrix-length", "16", "--device", "cpu"]
-
-
 @pytest.fixture(scope="session")
 def tiny_options(task_file):
-    """Options with which distill.py takes a second: a tiny model and the task of `task_file`."""
-    return ["--task", task_file, *TINY]
+    """Options with which distill.py and teacher.py take a second, on the task of `task_file`."""
+    return ["--task", task_file, "--batch-tokens", "512", "--device", "cpu"]
 
 
 @pytest.fixture(scope="session")
 def tiny_out(tmp_path_factory, tiny_options):
-    """out/ with a pre-trained teacher and both students, made once. Read only: tests work on copies."""
+    """out/ with a trained teacher of two layers, a pure and a hybrid student, made once. Read only:
+    tests work on copies."""
     import distill
-    out = tmp_path_factory.mktemp("tiny") / "out"
-    distill.main([*tiny_options, "--out", str(out), "--pretrain-steps", "60", "--matrices-steps", "10", "--hidden-steps",
-                  "30", "--kl-steps", "30"])
-    return out
+    import teacher
+    from data import load_tokenizer
+    from model import LM, Config
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = load_tokenizer("arithmetic")
+    shape = dict(vocab_size=tokenizer.vocab_size, d_model=32, n_layers=2, n_heads=2, d_ff=64)
+    torch.manual_seed(0)
+    LM(Config(eos_ids=tokenizer.eos_ids, **shape)).save_pretrained(folder / "new")
+    tokenizer.save(folder / "new")
+    options = [*tiny_options, "--out", str(folder / "out"), "--log-every", "10"]
+    teacher.main([*options, "--from", str(folder / "new"), "--steps", "60", "--lr", "4e-3"])
+    for name, steps in dict(pure=["matrices=10", "hidden=30"], hybrid=[]).items():
+        distill.main([*options, "--student", name, "--lr", "2e-3", "--steps", *steps, "kl=30"])
+    return folder / "out"

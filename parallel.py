@@ -1,0 +1,182 @@
+"""Several processes: those of torchrun, which share one training or one sampling, and those that
+train students beside each other on a CPU.
+
+Under torchrun, N processes train one model with PyTorch's FSDP2: each keeps 1/N of every weight,
+gradient and moment, and computes its pieces of every batch. A block's weights are gathered, in
+float32, around its call. Checkpoints hold whole tensors, so that a run can go on with another N.
+Outside torchrun there is one process, and what is said about others does nothing.
+"""
+import contextlib
+import datetime
+import multiprocessing
+import multiprocessing.connection
+import os
+import sys
+import threading
+import time
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict,
+    set_optimizer_state_dict)
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+from common import run
+
+
+# ---------------------------------------------------------------------------- torchrun
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def wait():
+    """Wait until all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def total(value):
+    """The sum of a scalar tensor over all processes."""
+    if world() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+@contextlib.contextmanager
+def first_alone():
+    """What is made on disk in here is made by the first process and found by the others."""
+    if rank():
+        wait()
+    yield
+    if not rank():
+        wait()
+
+
+@contextlib.contextmanager
+def processes(device):
+    """Meet the other processes of torchrun. Only the first one prints; all end with the block."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    patience = datetime.timedelta(days=1)  # some wait while one works
+    dist.init_process_group("nccl" if gpus else "gloo", timeout=patience)
+    try:
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        if 0 < gpus < here:
+            raise ValueError(f"--nproc_per_node={here} needs as many GPUs, and PyTorch finds "
+                             f"{gpus} here: lower it, or use --device cpu")
+        if gpus:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        with contextlib.redirect_stdout(open(os.devnull, "w") if rank() else sys.stdout):
+            yield
+    except (ValueError, OSError):
+        if rank():  # what all run into is said by the first one, whose end ends the others
+            time.sleep(5)
+        raise
+    wait()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # in the usual end PyTorch's threads race with Python's: one in twenty aborts
+
+
+# ---------------------------------------------------------------------------- FSDP2
+class Pair(nn.Module):
+    """A model in training and its teacher (or None), as one module: what FSDP wraps, so that their
+    embeddings are gathered around the whole loss."""
+
+    def __init__(self, lm, teacher=None):
+        super().__init__()
+        self.lm, self.teacher = lm, teacher
+
+    def forward(self, loss, batch):
+        return loss(self.lm, self.teacher, batch)
+
+
+def shard(pair, device):
+    """The Pair, spread over the processes, if there are several."""
+    if world() > 1:
+        mesh = dist.device_mesh.init_device_mesh(device.type, (world(),))
+        for block in (*pair.lm.layers, *(pair.teacher.layers if pair.teacher else ())):
+            fully_shard(block, mesh=mesh)
+            register_fsdp_forward_method(block, "mixing_matrix")  # gathers around this call too
+        fully_shard(pair, mesh=mesh)
+    return pair
+
+
+def without_gradient(pair, loss, batch):
+    """pair(loss, batch) in no_grad. FSDP leaves the embeddings gathered for a backward pass, which
+    does not come: an optimizer made then would train copies that are thrown away."""
+    with torch.no_grad():
+        found = pair(loss, batch)
+    if world() > 1:
+        pair.reshard()
+    return found
+
+
+def whole_weights(lm):
+    """The state dict of a model with whole tensors on the CPU, in the first process."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(lm, options=options)
+
+
+def whole_state(lm, optimizer):
+    """Weights and moments, with whole tensors on the CPU, in the first process."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return dict(model=whole_weights(lm),
+                optimizer=get_optimizer_state_dict(lm, optimizer, options=options))
+
+
+def load_whole_state(lm, optimizer, state):
+    """Give every process its part of what whole_state has saved; only the first needs the state.
+
+    Not strict about moments: weights that a stage's loss does not reach have none, such as out_proj
+    in orientation.
+    """
+    options = dict(full_state_dict=True, broadcast_from_rank0=world() > 1)
+    set_model_state_dict(lm, state["model"], options=StateDictOptions(**options))
+    set_optimizer_state_dict(lm, optimizer, state["optimizer"],
+                             options=StateDictOptions(**options, strict=False))
+
+
+# ---------------------------------------------------------------------------- side by side
+def begin(job, name, threads):
+    """What a process of side_by_side does: end with its parent, take its share, do its job."""
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent():
+        multiprocessing.connection.wait([parent.sentinel])  # there when the parent is gone
+        os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    torch.set_num_threads(threads)
+    run(lambda: job(name), child=True)
+
+
+def side_by_side(job, names):
+    """Call job(name) for all names at once, in a process each with its share of the threads.
+
+    Whatever ends the caller ends all of them; one that fails ends the others, and the caller.
+    """
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, torch.get_num_threads() // len(names))
+    children = [context.Process(target=begin, args=(job, name, threads)) for name in names]
+    try:
+        for child in children:
+            child.start()
+        while alive := [child.sentinel for child in children if child.is_alive()]:
+            multiprocessing.connection.wait(alive)
+            if failed := [child.exitcode for child in children if child.exitcode]:
+                raise SystemExit(failed[0])
+    finally:
+        for child in children:
+            if child.is_alive():
+                child.terminate()
+        for child in children:
+            if child.pid:
+                child.join()

@@ -1,0 +1,288 @@
+"""decode_kernels.py: token by token is the whole sequence, attention reads what it may, and all
+kernels, those of kernels.py too, compile for GPUs."""
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+import pytest
+import torch
+
+import decode_kernels
+import kernels
+from conftest import ROOT, assert_close
+from test_kernels import (BACKENDS, DEVICE, OPTIONS, TIMED, cast, conv_inputs, double, drawer, part,
+                          scan_inputs, ssd_inputs)
+
+
+# ---------------------------------------------------------------------------- steps
+def run_steps(step, state, inputs, **settings):
+    """y of all steps, and the state; it changes in place: the same memory, step after step."""
+    state, length = state.clone(), inputs["x"].shape[1]
+    address = state.data_ptr()
+    y = torch.stack([step(state, **part(inputs, t), **settings) for t in range(length)], dim=1)
+    assert state.data_ptr() == address
+    return y, state
+
+
+@BACKENDS
+@pytest.mark.parametrize("options", [(), OPTIONS])
+@pytest.mark.parametrize("d_inner, d_state, groups", [
+    (6, 5, 2), (4, 16, 1), (3, 1, 3), (2, 256, 1)])
+def test_selective_step_token_by_token_is_the_scan(d_inner, d_state, groups, options, backend):
+    inputs = scan_inputs(2, 3, d_inner, d_state, groups, options)
+    y, h = kernels.selective_scan_ref(**double(inputs), dt_softplus=True)
+    h0 = inputs.get("h0", torch.zeros_like(h, dtype=torch.float32))
+    found = run_steps(kernels.selective_step, h0, inputs, dt_softplus=True, backend=backend)
+    assert_close(found[0], y)
+    assert_close(found[1], h)
+
+
+@BACKENDS
+@pytest.mark.parametrize("head_dim, d_state", [(3, 5), (64, 64), (1, 1)])
+def test_ssd_step_token_by_token_is_ssd(head_dim, d_state, backend):
+    inputs = ssd_inputs(2, 3, 2, head_dim, d_state)
+    y, h = kernels.ssd_ref(**double(inputs))
+    found = run_steps(kernels.ssd_step, inputs["h0"], inputs, backend=backend)
+    assert_close(found[0], y)
+    assert_close(found[1], h)
+
+
+@BACKENDS
+@pytest.mark.parametrize("width", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_causal_conv_step_token_by_token_is_causal_conv(width, dtype, backend):
+    """The window moves up by one token a step, exactly; y is off by its own rounding at most."""
+    inputs = cast(conv_inputs(2, 6, 5, width, torch.float32), dtype, ("x", "past"))
+    y, past = kernels.causal_conv(**inputs)
+    found = run_steps(kernels.causal_conv_step, inputs.pop("past"), inputs, backend=backend)
+    assert found[0].dtype == dtype and torch.equal(found[1], past)
+    assert_close(found[0], y)
+
+
+@BACKENDS
+@pytest.mark.parametrize("step", ["selective_step", "ssd_step"])
+def test_a_half_precision_state_is_rounded_once_a_step(step, backend):
+    """One step from a bfloat16 state is the float32 step from the same numbers, rounded at its end,
+    by 2^-7 of a number at most (the interpreter cuts digits off)."""
+    inputs = scan_inputs(2, 1) if step == "selective_step" else ssd_inputs(2, 1)
+    half = inputs["h0"].bfloat16()
+    y, h = run_steps(getattr(kernels, step), half, inputs, backend=backend)
+    wanted_y, wanted_h = run_steps(getattr(kernels, step), half.float(), inputs, backend=backend)
+    assert h.dtype == torch.bfloat16 and y.dtype == torch.float32
+    assert_close(y, wanted_y)
+    assert ((h.float() - wanted_h).abs() <= 2 ** -7 * wanted_h.abs() + 1e-6).all()
+
+
+@BACKENDS
+def test_a_step_leaves_padding_out_exactly(backend):
+    """dt = -inf, and x = 0 with log_decay = 0: not one bit of the state changes."""
+    scan, heads = scan_inputs(2, 1), ssd_inputs(2, 1)
+    scan["dt"][:], heads["x"][:], heads["log_decay"][:] = -torch.inf, 0, 0
+    _, h = run_steps(kernels.selective_step, scan["h0"], scan, dt_softplus=True, backend=backend)
+    assert torch.equal(h, scan["h0"])
+    _, h = run_steps(kernels.ssd_step, heads["h0"], heads, backend=backend)
+    assert torch.equal(h, heads["h0"])
+
+
+def test_steps_run_where_gradients_are_recorded():
+    """Decoding needs no torch.no_grad. Red where a view that autograd guards is written to."""
+    scan, heads, conv = scan_inputs(2, 1), ssd_inputs(2, 1), conv_inputs(2, 1, dtype=torch.float32)
+    for step, state, inputs in ((kernels.selective_step, scan["h0"], scan),
+                                (kernels.ssd_step, heads["h0"], heads),
+                                (kernels.causal_conv_step, conv.pop("past"), conv)):
+        token = part(inputs, 0) | {"x": inputs["x"][:, 0].requires_grad_()}
+        y = [step(state, **token) for _ in range(2)]
+        assert y[1].requires_grad and state.isfinite().all()
+
+
+# ---------------------------------------------------------------------------- attention to a cache
+def attention_inputs(lengths, heads=4, kv_heads=2, capacity=9, head_dim=8, dtype=torch.float32):
+    """Random caches; what lies behind a row's end is large, so that a glance at it shows."""
+    draw, cache = drawer(torch.float32), (len(lengths), kv_heads, capacity, head_dim)
+    q, keys, values = draw(len(lengths), heads, head_dim), draw(*cache), draw(*cache)
+    for row, length in enumerate(lengths):
+        keys[row, :, length:], values[row, :, length:] = 50, 1e4
+    return dict(q=q.to(dtype), keys=keys.to(dtype), values=values.to(dtype),
+                lengths=torch.tensor(lengths, device=DEVICE))
+
+
+def attention_loop(q, keys, values, lengths):
+    """One row, head and column at a time, in float64."""
+    q, keys, values = q.double(), keys.double(), values.double()
+    y, group = torch.zeros_like(q), q.shape[1] // keys.shape[1]
+    for row, length in enumerate(lengths.tolist()):
+        for head in range(q.shape[1]):
+            k, v = keys[row, head // group, :length], values[row, head // group]
+            weights = [math.exp(q[row, head] @ k_t / q.shape[2] ** 0.5) for k_t in k]
+            for t in range(length):
+                y[row, head] += weights[t] / sum(weights) * v[t]
+    return y
+
+
+@BACKENDS
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (6, 1)])
+def test_decode_attention_is_its_definition(heads, kv_heads, backend):
+    """An empty row gives 0, a full one reads all columns, none reads behind its end."""
+    inputs = attention_inputs([0, 1, 9, 4], heads, kv_heads)
+    found = decode_kernels.decode_attention(**inputs, backend=backend)
+    assert_close(found, attention_loop(**inputs))
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 4, 64), (6, 2, 20), (18, 1, 8)])
+def test_decode_attention_in_blocks_and_parts(heads, kv_heads, head_dim, dtype, parts, monkeypatch):
+    """Rows around a block of 64 columns, in one part or three, of which some are empty; sizes that
+    fill a tile and that don't. A batch that has shrunk is the first rows of its tensors."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(decode_kernels, "pieces", lambda programs, length, device: parts)
+    inputs = attention_inputs([0, 1, 63, 64, 65, 130, 9], heads, kv_heads, 130, head_dim, dtype)
+    inputs = {name: u[:6] for name, u in inputs.items()}
+    doubled = cast(inputs, torch.float64, ("q", "keys", "values"))
+    wanted = decode_kernels.decode_attention_ref(**doubled)
+    for row, length in enumerate(inputs["lengths"].tolist()):
+        inputs["values"][row, :, length:] = torch.nan  # the kernel does not even read it
+    found = decode_kernels.decode_attention(**inputs, backend="triton")
+    assert found.dtype == dtype
+    assert_close(found, wanted)
+
+
+def test_decode_attention_computes_in_float32_under_autocast():
+    inputs = attention_inputs([5, 9])
+    wanted = decode_kernels.decode_attention_ref(**inputs)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert torch.equal(decode_kernels.decode_attention_ref(**inputs), wanted)
+
+
+@pytest.mark.parametrize("name, shape, message", [
+    ("q", (2, 3, 8), "3 heads"), ("q", (2, 8), "q has shape"), ("keys", (2, 2, 9, 7), "keys has"),
+    ("values", (2, 2, 8, 8), "values has shape"), ("lengths", (3,), "lengths has shape")])
+def test_decode_attention_names_the_tensor_of_wrong_shape(name, shape, message):
+    inputs = attention_inputs([1, 2]) | {name: torch.ones(shape, device=DEVICE)}
+    with pytest.raises(ValueError, match=message):
+        decode_kernels.decode_attention(**inputs)
+
+
+# ---------------------------------------------------------------------------- which backend
+SCAN_BY_NAME = """
+import torch, kernels
+x, n = torch.ones(1, 3, 2), torch.ones(1, 3, 1, 2)
+print(kernels.selective_scan(x, x, -x[0, :2], n, n)[0].isfinite().all())
+try:
+    kernels.selective_scan(x, x, -x[0, :2], n, n, backend="triton")
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("before, message", [
+    ("", "not on a GPU (TRITON_INTERPRET=1"),
+    ("import sys; sys.modules['triton'] = None  # as if not installed", "Triton is not installed")])
+def test_asked_for_by_name_triton_says_in_one_line_why_it_cannot_run(before, message):
+    """On a CPU, and where Triton is missing; all the rest works there."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", before + SCAN_BY_NAME], cwd=ROOT, env=environment,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and lines[0] == "tensor(True)" and message in lines[1]
+
+
+def test_auto_takes_triton_on_gpus_only_and_leaves_gradients_of_steps_to_pytorch():
+    on_cpu = torch.zeros(1)
+    assert not decode_kernels.use_triton("auto", on_cpu)
+    if DEVICE == "cuda":
+        u = torch.zeros(1, device="cuda", requires_grad=True)
+        assert decode_kernels.use_triton("auto", u)
+        assert not decode_kernels.use_triton("auto", u, backward=False)
+        assert not decode_kernels.use_triton("auto", u.double())
+        with torch.no_grad():
+            assert decode_kernels.use_triton("auto", u, backward=False)
+
+
+# ---------------------------------------------------------------------------- ahead of time
+# Bytes that a kernel may spill: (major and minor version of Triton, dtype, N, kernel) -> at most.
+SPILLS = {("3.6", "float32", 16, "_scan_backward_kernel"): 32}
+
+
+def record_launches(dtype, d_state):
+    """{name: (kernel, arguments)} of all kernels as the public functions launch them, not run."""
+    from triton.runtime.jit import JITFunction
+    recorded = {}
+
+    def record(kernel, *args, grid, warmup, **constants):
+        recorded[kernel.fn.__name__] = kernel, dict(zip(kernel.arg_names, args)) | constants
+
+    JITFunction.run, decode_kernels.INTERPRETED = record, True
+    scan = cast(scan_inputs(1, 40, 128, d_state, 1), dtype, TIMED)
+    leaf = scan | {"x": scan["x"].requires_grad_()}
+    kernels.selective_scan(**leaf, dt_softplus=True, backend="triton")[0].sum().backward()
+    heads = cast(ssd_inputs(1, 1, 2, 64, 64), dtype, TIMED)
+    conv = cast(conv_inputs(1, 1, 128, dtype=torch.float32), dtype, ("x", "past"))
+    with torch.no_grad():
+        kernels.selective_step(scan["h0"], **part(scan, 0), dt_softplus=True, backend="triton")
+        kernels.ssd_step(heads["h0"], **part(heads, 0), backend="triton")
+        kernels.causal_conv_step(conv.pop("past"), **part(conv, 0), backend="triton")
+    cache = attention_inputs([9, 5], 6, head_dim=64, dtype=dtype)
+    decode_kernels.decode_attention(**cache, backend="triton")
+    return recorded
+
+
+def compiled(capability, kernel, arguments):
+    """The PTX of a kernel for a GPU that is not there."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+    constants, signature = {}, {}
+    for parameter in kernel.params:
+        name, value = parameter.name, arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            constants[name], signature[name] = value, "constexpr"
+        else:
+            signature[name] = types[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+    options = {"num_warps": arguments.get("num_warps", 4), "enable_fp_fusion": True}
+    source, target = ASTSource(kernel, signature, constants), GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options=options).asm["ptx"]
+
+
+def spilled_bytes(ptx, capability):
+    """Bytes spilled where registers do not suffice, by the assembler that Triton brings along."""
+    from triton.backends.nvidia.compiler import get_ptxas
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        name = re.search(r"\.target (sm_\w+)", ptx)[1]
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name={name}", "-o", os.devnull]
+        done = subprocess.run([*command, file.name], capture_output=True, text=True, check=True)
+    return sum(int(n) for n in re.findall(r"(\d+) bytes spill", done.stderr))
+
+
+def compile_all(dtype, d_state, capability):
+    for name, (kernel, arguments) in record_launches(getattr(torch, dtype), int(d_state)).items():
+        print(name, spilled_bytes(compiled(int(capability), kernel, arguments), int(capability)))
+
+
+@pytest.mark.parametrize("dtype, d_state, capability", [
+    ("float32", 16, 90), ("bfloat16", 16, 80), ("bfloat16", 64, 90)])
+def test_every_kernel_compiles_ahead_of_time_without_spills(dtype, d_state, capability):
+    """For an A100 (80) and an H100 (90), no GPU needed; in a process that is not interpreted."""
+    triton = pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    command = [sys.executable, __file__, dtype, str(d_state), str(capability)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    spilled = {name: int(count) for name, count in map(str.split, done.stdout.splitlines())}
+    assert spilled.keys() == {name for module in (kernels, decode_kernels) for name in vars(module)
+                              if name.endswith("_kernel")}
+    version = ".".join(triton.__version__.split(".")[:2])
+    for name, found in spilled.items():
+        assert found <= SPILLS.get((version, dtype, d_state, name), 0), f"{name}: {found} bytes"
+
+
+if __name__ == "__main__":
+    compile_all(*sys.argv[1:])

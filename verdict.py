@@ -1,0 +1,348 @@
+r"""One answer: extracting it from a completion, whether it is right, and which answers are one.
+
+    extract_answer(text)       the inside of the last \boxed{...}, or what follows "the answer is"
+    is_correct(answer, gold)   do the two mean the same?
+    groups(answers)            a number per answer, the same for answers that mean the same
+
+An answer is turned into its *readings*: texts that are equal where values are equal. It has several
+if people mean several things by it: 15% is 15% and 0.15 and 15; "x = 5" is an equation and 5. Plain
+numbers are read exactly, as fractions. For the rest math-verify's grammar (latex2sympy2_extended)
+turns LaTeX into sympy objects. Its verify() compares two of them, but rounds at 6 decimals, takes X
+for x and ab for BA, and a vote needs one form per answer, not pairs; so we compare forms.
+
+Contents: extraction, spelling, expressions, their process, verdicts.
+"""
+import contextlib
+import functools
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from fractions import Fraction
+
+LONGEST = 300  # characters; a longer answer is compared as a string only
+CPU_SECONDS, MEMORY = 1, 4 << 30  # limits of one try to read an answer, in seconds and bytes
+
+
+# ---------------------------------------------------------------------------- extraction
+BOX = re.compile(r"\\f?box")
+BRACES = re.compile(r"(\\f?box(?:ed)?\s*\{)|\\.|([{}])", re.DOTALL)  # \\. skips \{ and \}
+JOINED = re.compile(r"(?=.*(?:and|or|,))(?:\W|\\text|\\q?quad|and|or)*", re.DOTALL)
+MARKER = re.compile(r"answer(?:\*\*)?\s*(?:is\b:?|:|(?=\$|\\[(\[]))(?:\*\*)?\s*\}?", re.IGNORECASE)
+SENTENCE_END = re.compile(r"\.\s|\n|,?\s(?:so|because|since|which|as)\b")
+
+
+def boxed(text):
+    r"""The inside of the last \boxed{...} or \fbox{...} with something in it, or None; the insides
+    of several that "and" joins. A box that the end cuts off, or one without braces, counts if
+    there is no other. One pass with a stack: linear in the length of the text.
+    """
+    first = BOX.search(text)
+    if not first:
+        return None
+    opened, boxes = [], []  # open braces: is it a box, its start, its inside's; complete boxes
+    for token in BRACES.finditer(text, first.start()):
+        if token[1] or token[2] == "{":
+            opened.append((bool(token[1]), token.start(), token.end()))
+        elif token[2] and opened:
+            is_box, start, inside = opened.pop()
+            if is_box and text[inside:token.start()].strip():
+                boxes.append((start, text[inside:token.start()], token.end()))
+    if not boxes:
+        rest = re.split(r"\\boxed\b|\\fbox\b", text)[-1].lstrip(" {}")
+        return re.split(r"[\n$]", rest, maxsplit=1)[0].rstrip(" .") or None
+    boxes.sort()
+    last = [boxes.pop()]
+    while boxes and JOINED.fullmatch(text[boxes[-1][2]:last[-1][0]]):
+        last.append(boxes.pop())
+    return ", ".join(inside for _, inside, _ in reversed(last))
+
+
+def extract_answer(text):
+    r"""The final answer in a completion, or None.
+
+    It is what the last \boxed{...} holds; else what stands in <answer>...</answer>, after the last
+    #### (GSM8K), after the last "answer is" or "Answer:", or in bold at the end.
+    """
+    found = boxed(text)
+    if found is None and "<answer>" in text:
+        found = text.rpartition("<answer>")[2].partition("</answer>")[0]
+    if found is None and "####" in text:
+        found = text.rpartition("####")[2].strip().partition("\n")[0]
+    *before, after = MARKER.split(text if found is None else found)
+    if before and found is not None:
+        found = after.strip() or found  # \boxed{\text{The answer is } 5}
+    elif before:
+        found = SENTENCE_END.split(re.sub(r"^[\s$]*(?:\\[(\[])?\s*", "", after), maxsplit=1)[0]
+    elif found is None and (bold := re.search(r"\*\*([^*\n]+)\*\*[\s.]*$", text[-LONGEST:])):
+        found = bold[1]
+    return found and found.lstrip(" \t\n$*").rstrip(" \t\n$*.,;:") or None
+
+
+# ---------------------------------------------------------------------------- spelling
+def repeating(found):
+    r"""0.1\overline{6} as a fraction: (16 - 1) / 90."""
+    whole, start, period = found.groups()
+    value = int(whole + start + period) - int(whole + start)
+    return rf"\frac{{{value}}}{{{(10 ** len(period) - 1) * 10 ** len(start)}}}"
+
+SCALES = {"dozen": "12", "hundred": "10^2", "thousand": "10^3", "million": "10^6",
+          "billion": "10^9"}
+# a unit: words after a space, or a short one after a digit; all up to the end or the next comma
+UNIT = (r"(?:(?:(?<=[\d)}])|(?<=\\pi)) +(?!and|or\b|[ap]m\b|sin|cos|tan|log|mod|choose)"
+        r"(?:[a-zA-Z]{2,}|[mgsh]\b)|(?<=\d)(?:[ckm]m|kg|ft|lb|m)\b)"
+        r"(?: *\^ *\{?\d\}?|(?! and | or )[a-zA-Z ./-])*(?=,|$)")
+# What people write for the same thing, replaced in this order. math-verify's own normalisation
+# follows in expressions; this is what it does not know or takes for something else.
+SPELLINGS = [(re.compile(pattern), new) for pattern, new in [
+    ("[–—−]", "-"), ("∞", r"\\infty "), ("∈", r"\\in "), ("≈", r"\\approx "), ("²", "^2"),
+    ("³", "^3"), ("½", r"\\frac12"), ("¼", r"\\frac14"), ("¾", r"\\frac34"),
+    (r"(?:√|(?<![a-z\\])sqrt) *(?:(\w+)|\(([^()]*)\))", r"\\sqrt{\1\2}"),
+    (r", *\\! *", ","),  # 10,\! 080
+    (r"(?<!\\)\\(?:[!()\[\]]|(?:left|right|displaystyle|bf|it)(?![a-z]))|\\?[$€£¥₹]", ""),
+    (r"(?<!\\)\\(?:[,;: ]|q?quad(?![a-z]))|~", " "),
+    (r"\\(?:begin|end)\{(?:align|gather)(?:ed)?\*?\}|&(?!.*\\end\{.?(?:matrix|array))", ""),
+    (r"\\(?:text[a-z]*|math(?:bf|it|rm)|mbox) ?\{([^{}]*)\}", r" \1 "),
+    (r"\s+", " "),
+    (r"(?:\^?\{?\\circ *\}?|\^?\\degree|°) *(?:[CF]\b)?|\bdegrees?\b", ""),
+    (r"(?<=\d)\^?\{? *(?:st|nd|rd|th) *\}?$", ""),  # 7^{\text{th}}
+    (r"(\d+)\.(\d*)\\overline\{(\d+)\}", repeating),
+    (r"(?<=\d)[eE]([+-]?\d+)\b", r"\\times 10^{\1}"),
+    *[(rf"(?<=\d) *\b{word}\b", rf"\\times {value}") for word, value in SCALES.items()],
+    (r"^ *([+-]?) *(?:[A-Z]{3}|US|Rs\.?) *(?=[\d.])", r"\1"),
+    (r"(?<![a-zA-Z\\])infinity\b", r"\\infty"), (r"(?<![a-zA-Z\\])pi(?![a-z])", r"\\pi"),
+    (UNIT, ""),
+    (r"(?<![\d.^_}])(\d+) +(\d+) */ *(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),  # 3 1/2
+    (r"(?<=\d),(?=(?:\d{3},)*0\d\d(?!\d))", ""),  # (1,000,2): no number begins with 000
+    (r"^[ =]*(?:\\approx)? *|[ ,.;:?\\]+$", ""),
+]]
+
+
+def spell(answer):
+    """The answer in one spelling, without units, currencies and layout."""
+    for pattern, new in SPELLINGS:
+        answer = pattern.sub(new, answer)
+    return answer.strip()
+
+
+# ---------------------------------------------------------------------------- expressions
+# This section runs in the process of the next one, which imports sympy and math-verify's grammar.
+def listing(forms):
+    """The form of a list whose order does not count."""
+    forms = sorted(set(forms))
+    return forms[0] if len(forms) == 1 else f"FiniteSet({','.join(forms)})"
+
+
+def value_at(tree, k):
+    """A formula's value at point k, where the value of a variable depends on its name only."""
+    values = {symbol: zlib.crc32(f"{k} {symbol.name}".encode()) for symbol in tree.free_symbols}
+    return tree.xreplace({symbol: sympy.Rational(value, (-1) ** k << 31)  # from 0 to 2, 0 to -2
+                          for symbol, value in values.items()}).doit()
+
+
+def scalar(tree):
+    """The form of a formula: exact if it is a rational number or a name, else 12 digits of it, at
+    two points if it has variables (formulas that agree there are equal in all likelihood)."""
+    exact = {number: sympy.Rational(str(number)) for number in tree.atoms(sympy.Float)}
+    exact |= {symbol: sympy.I for symbol in tree.free_symbols if symbol.name == "i"}
+    tree = tree.xreplace(exact).doit()
+    if tree.is_Symbol or tree.is_Rational:
+        return str(tree)
+    points = (0, 1) if tree.free_symbols else (0,)
+    return " ".join(str(sympy.N(value_at(tree, k), 12)) for k in points)
+
+
+def relation(left, right, kind="Equality"):
+    """The form of x = 5, also of 2x - 10 = 0: left minus right at two points, up to a factor."""
+    if isinstance(left, sympy.Expr) and not left.is_Function and isinstance(right, sympy.Expr):
+        return f"{kind} {sympy.N(value_at(left - right, 0) / value_at(left - right, 1), 12)}"
+    return f"{left} {kind} {form(right)}"
+
+
+def form(tree):
+    """A text for a sympy object, equal for equal ones."""
+    if isinstance(tree, sympy.MatrixBase):
+        return f"{tree.shape}{[form(entry) for entry in tree.flat()]}"
+    if isinstance(tree, sympy.Expr):
+        return scalar(tree)
+    if isinstance(tree, sympy.core.relational.Relational):
+        return relation(tree.lhs, tree.rhs, type(tree).__name__)
+    if isinstance(tree, sympy.FiniteSet):
+        return listing(map(form, tree.args))
+    if isinstance(tree, sympy.Interval) and tree.is_open and tree.end.is_finite:  # a pair
+        tree = sympy.Tuple(tree.start, tree.end)
+    if not tree.args:
+        return str(tree)
+    order = sorted if isinstance(tree, sympy.Union) else list
+    return f"{type(tree).__name__}({','.join(order(map(form, tree.args)))})"
+
+
+def named(tree):
+    """(x, value) of `x = value`, `x = ... = value` and inequalities in one x; else (None, tree)."""
+    parts = tree._unsorted_args if isinstance(tree, sympy.And) else [tree]
+    if all(isinstance(part, sympy.Eq) for part in parts):
+        name = parts[0].lhs
+        if grammar.is_expr_of_only_symbols(name) and not name.is_Add:
+            return name, parts[-1].rhs
+    elif isinstance(tree, sympy.logic.boolalg.Boolean) and len(tree.free_symbols) == 1:
+        return min(tree.free_symbols), tree.as_set()
+    return None, tree
+
+
+def expression_readings(text):
+    """The readings of LaTeX: of `x = 5` also 5, of a list also the tuple, of a number also its
+    roundings at 6 to 16 decimals."""
+    latex = grammar.normalize_latex(
+        text, grammar.NormalizationConfig(malformed_operators=True, boxed="none"))
+    tree = grammar.latex2sympy(
+        latex, is_real=True, normalization_config=None,
+        conversion_config=grammar.ConversionConfig(lowercase_symbols=False))
+    name, value = named(tree)
+    found = [form(value)]
+    if isinstance(value, grammar.FiniteSet):
+        values = [form(named(part)[1]) for part in value._unsorted_args]  # in the order written
+        found += [listing(values), f"Tuple({','.join(values)})"]
+    elif isinstance(value, sympy.Expr) and value.is_number and value.is_real and abs(value) > 0.01:
+        near = Fraction(str(sympy.N(value, 30)))
+        found += [str(round(near, decimals)) for decimals in range(6, 17)]
+    return list(dict.fromkeys(found if name is None else [relation(name, value), *found]))
+
+
+# ---------------------------------------------------------------------------- their process
+# sympy would compute 9^{9^{9^9}} for ever: it lives in a process that the system ends when an
+# answer takes too long. The next question starts another.
+_process, _lock = None, threading.Lock()
+
+
+def serve(cpu_seconds):
+    """The life of the process: a text per line in, its readings out, until the input ends."""
+    global sympy, grammar
+    import resource
+    import sympy
+    from latex2sympy2_extended import latex2sympy2 as grammar
+    with contextlib.suppress(ValueError):  # macOS knows no such limit
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    print("ready", flush=True)
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)  # unhandled, SIGPROF ends the process
+        try:
+            found = expression_readings(json.loads(line))
+        except Exception:  # whatever sympy makes of nonsense; out of memory; too deep a recursion
+            found = []
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps(found), flush=True)
+
+
+def read_line(pipe, seconds):
+    """The next line from a pipe, in bytes; b"" if the pipe ends or the time is over."""
+    line, end = b"", time.monotonic() + seconds
+    while not line.endswith(b"\n"):
+        ready = select.select([pipe], [], [], max(0, end - time.monotonic()))[0]
+        piece = os.read(pipe.fileno(), 1 << 16) if ready else b""
+        if not piece:
+            return b""
+        line += piece
+    return line
+
+
+def start_process():
+    """A process that runs serve() and is ready. ValueError if math-verify is not installed."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"import verdict; verdict.serve({CPU_SECONDS})"], bufsize=0,
+        cwd=os.path.dirname(os.path.abspath(__file__)), env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    if read_line(process.stdout, 100) != b"ready\n":
+        end_process(process)
+        raise ValueError("math-verify, which reads LaTeX answers, does not start: "
+                         "pip install -r requirements.txt")
+    return process
+
+
+def end_process(process):
+    process.kill()
+    process.communicate()  # waits for it and closes its pipes
+
+
+def ask(text):
+    """The readings of LaTeX, by the process; [] if it can't tell within its limits. There are two
+    tries: somebody may have stopped the first process, or a busy machine slowed it down."""
+    global _process
+    with _lock:
+        for _ in range(2):
+            if _process is None or _process.poll() is not None:
+                _process = start_process()
+            with contextlib.suppress(BrokenPipeError):
+                _process.stdin.write(json.dumps(text).encode() + b"\n")
+            line = read_line(_process.stdout, 10 * CPU_SECONDS)
+            if line:
+                return json.loads(line)
+            end_process(_process)
+        return []
+
+
+# ---------------------------------------------------------------------------- verdicts
+DECIMAL = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)")
+GROUPED = re.compile(r"[+-]?[1-9]\d{0,2}(?:[ ,]\d{3})+(?:\.\d*)?")  # 1,234.5
+TIME = re.compile(r"(\d{1,2}:\d\d)(?: ?([ap])\.? ?m)?", re.IGNORECASE)
+BASED = re.compile(r"\(?(-?[\dA-F.]+)\)?_\{?(\d+)\}?")  # 52_8
+WORDS = re.compile(r"\(?([A-Za-z]|[A-Za-z]{2,}(?:[' -][A-Za-z]+)*)\)?")
+PRODUCT = re.compile(r"(?:[abcdf-hj-np-tv-z]{1,3}[ -]?)+")  # abc; words have other vowels than a
+
+
+@functools.lru_cache(maxsize=1 << 20)
+def readings(answer):
+    """What an answer may mean, the most literal first: a list of texts, [] if it says nothing."""
+    text = answer.strip() if len(answer) > LONGEST else spell(answer)
+    if not text or len(text) > LONGEST:
+        return [text] if text else []
+    plain = re.sub("[ ,]", "", text) if GROUPED.fullmatch(text) else text
+    if DECIMAL.fullmatch(plain):
+        value = str(Fraction(plain))
+        pair = "," in text and not re.search("[ .]", text)  # 120,150 may be two numbers
+        return [listing(text.split(",")), value] if pair else [value]
+    if text.endswith("%"):
+        value, *others = readings(text[:-1]) or [""]
+        part = [str(Fraction(value) / 100)] if re.fullmatch(r"-?\d+(/\d+)?", value) else []
+        return [value + "%", *part, value, *others]
+    if found := TIME.fullmatch(text):  # or a ratio
+        return [found[1] + found[2].lower(), found[1]] if found[2] else [found[1], *ask(text)]
+    if found := BASED.fullmatch(text):
+        return [f"{found[1]}_{found[2]}", found[1]]
+    found, marked = WORDS.fullmatch(text), "\\text" in answer
+    if found and len(found[1]) == 1:
+        return [found[1], found[1].lower()] if marked else [found[1]]
+    if found and (marked or not PRODUCT.fullmatch(found[1])):
+        return [found[1].lower()]
+    if re.search(r"(?<![_^\d])\d+ \d", text):  # the grammar would add 1 2 up
+        return [text]
+    return ask(text) or ["".join(text.split())]
+
+
+def is_correct(answer, gold):
+    """Is the answer (None: there is none) the gold one: does one of both, taken literally, say what
+    the other may mean?"""
+    found, expected = readings(answer or ""), readings(gold)
+    return bool(found and expected) and (found[0] in expected or expected[0] in found)
+
+
+def groups(answers):
+    """A number per answer, from 0 in order of first appearance, the same for those that is_correct
+    holds equal to the first of their group; -1 for None and for an answer that says nothing."""
+    literal, possible, numbers = {}, {}, []  # the groups whose first answer has a reading
+    for answer in answers:
+        found = readings(answer or "")
+        known = [possible[r] for r in found[:1] if r in possible]
+        known += [literal[r] for r in found if r in literal]
+        if found and not known:
+            known = [len(literal)]
+            literal[found[0]] = known[0]
+            for reading in found:
+                possible.setdefault(reading, known[0])  # the earlier group wins
+        numbers.append(min(known, default=-1))
+    return numbers
