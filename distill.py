@@ -39,7 +39,7 @@ from common import (Parser, choose_device, folder_name, json_line, locked, numbe
                     replace_file, run, same_settings, write_bytes, write_json)
 from data import choose_subset, load_task, load_tokenizer, prompt_template, token_pairs
 from grade import extract_answer, is_correct
-from model import FROM_ATTENTION, LM, MIXERS, Config, student_from
+from model import FROM_ATTENTION, LM, MIXERS, Config, student_from, weight_dtype
 
 IGNORE = -100  # label of a position whose prediction does not count
 
@@ -202,23 +202,6 @@ class Stage:
     mixers_only: bool = False  # all else is frozen
 
 
-@dataclass
-class Hardware:
-    """Where and how to compute: it changes speed and memory, not what is learnt."""
-    device: torch.device
-    dtype: torch.dtype  # of autocast; weights, moments and losses stay float32
-    accumulate: int
-    checkpoint_activations: bool
-    compile: bool
-    log_every: int  # steps
-    save_every: int
-
-    def __post_init__(self):
-        compilers = os.environ.get("CXX", "c++"), "g++", "clang++"
-        if self.compile and not any(map(shutil.which, compilers)):
-            raise ValueError("--compile needs a C++ compiler: install g++, or set CXX")
-
-
 def learning_rate(step, steps, peak):
     """Warm-up, stable, decay: up from 0 over the first 5% of the steps, down over the last 40%."""
     return peak * min(1.0, (step + 1) / max(1, 0.05 * steps), (steps - step) / max(1, 0.4 * steps))
@@ -229,7 +212,8 @@ def make_optimizer(lm, lr):
     decayed, kept = [], []
     for name, parameter in lm.named_parameters():
         if parameter.requires_grad:
-            (kept if parameter.dim() < 2 or name.endswith("A_log") else decayed).append(parameter)
+            is_matrix = parameter.dim() > 1 and weight_dtype(lm, name, None) is None
+            (decayed if is_matrix else kept).append(parameter)
     groups = [dict(params=decayed, weight_decay=0.1), dict(params=kept, weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
@@ -280,19 +264,12 @@ def gradient(pair, stage, batch, hardware):
     return parallel.total(loss)
 
 
-def train_only_mixers(pair, only):
-    """Let everything learn, or only the mixers that differ from the teacher's."""
-    pair.lm.requires_grad_(not only)
-    for block, _, _ in replaced(pair.lm, pair.teacher) if only else ():
-        block.mixer.requires_grad_(True)
-
-
 # ---------------------------------------------------------------------------- students
 # The students of the built-in experiment: recipe, mixer, layers that keep attention.
 STUDENTS = dict(pure=("mohawk", "mamba2", ()), hybrid=("mambainllama", "mamba2", (1,)))
 # A recipe's stages and their steps at --scale 1. MambaInLlama is weight transfer and KL alone.
-STEPS = dict(mohawk=dict(matrices=60, hidden=240, kl=5000, sft=0),
-             mambainllama=dict(kl=5000, sft=0))
+STEPS = dict(mohawk=dict(matrices=60, hidden=200, kl=4400, sft=0),
+             mambainllama=dict(kl=4500, sft=0))
 MATRIX_LENGTH = 128  # tokens of a sequence in orientation, whose memory grows with its square
 
 
@@ -328,6 +305,30 @@ def student_stages(steps, lr, direction):
 
 
 # ---- first reading ends here: resuming, the picture of the matrices, options ----
+@dataclass
+class Hardware:
+    """Where and how to compute: it changes speed and memory, not what is learnt."""
+    device: torch.device
+    dtype: torch.dtype  # of autocast; weights, moments and losses stay float32
+    accumulate: int
+    checkpoint_activations: bool
+    compile: bool
+    log_every: int  # steps
+    save_every: int
+
+    def __post_init__(self):
+        compilers = os.environ.get("CXX", "c++"), "g++", "clang++"
+        if self.compile and not any(map(shutil.which, compilers)):
+            raise ValueError("--compile needs a C++ compiler: install g++, or set CXX")
+
+
+def train_only_mixers(pair, only):
+    """Let everything learn, or only the mixers that differ from the teacher's."""
+    pair.lm.requires_grad_(not only)
+    for block, _, _ in replaced(pair.lm, pair.teacher) if only else ():
+        block.mixer.requires_grad_(True)
+
+
 class Progress:
     """One model's training: where it stands, and how it is saved in its folder and found again.
 

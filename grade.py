@@ -187,6 +187,7 @@ def ahead(teacher, student, seed):
         budgets=moments[edges - [0, 1]].tolist(), times_as_fast=times_as_fast(teacher, student))
 
 
+# ---- first reading ends here: THE TABLE, FILES, OPTIONS ----
 def times_as_fast(teacher, student):
     """[least, most] of the teacher's seconds over the student's to the same value; None for never.
 
@@ -219,7 +220,6 @@ def front(curves, teachers, budgets, seed):
     return rows
 
 
-# ---- first reading ends here: THE TABLE, FILES, OPTIONS ----
 def interval(entry, key, form="{:+.1f} [{:+.1f}, {:+.1f}]", scale=1):
     """A number of results.json with its interval as text; "-" if there is none."""
     numbers = [entry[key + end] for end in ("", "_low", "_high")]

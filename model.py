@@ -478,6 +478,10 @@ def mamba2_from_attention(mamba2, attention, transfer):
     mamba2.conv1d.weight[mamba2.sizes[0]:, :, -1] = 1 / attention.head_dim
 
 
+FROM_ATTENTION = {Mamba: mamba_from_attention, Mamba2: mamba2_from_attention}
+
+
+# ---- first reading ends here: checks, ragged batches, loading, released Mamba-2 students ----
 def identity_convolution(conv):
     """The convolution that gives back its current token, the last tap."""
     conv.weight.zero_()
@@ -485,10 +489,6 @@ def identity_convolution(conv):
     conv.bias.zero_()
 
 
-FROM_ATTENTION = {Mamba: mamba_from_attention, Mamba2: mamba2_from_attention}
-
-
-# ---- first reading ends here: checks, ragged batches, loading, released Mamba-2 students ----
 def check(config):
     """ValueError for a Config that no model can have. What a mixer cannot take, it says itself."""
     if len(config.mixers) != config.n_layers:

@@ -169,10 +169,12 @@ def side_by_side(job, names):
     try:
         for child in children:
             child.start()
-        while alive := [child.sentinel for child in children if child.is_alive()]:
-            multiprocessing.connection.wait(alive)
-            if failed := [child.exitcode for child in children if child.exitcode]:
-                raise SystemExit(failed[0])
+        # Every code is asked for once a round: a sentinel is there a moment before its code is.
+        while None in (codes := [child.exitcode for child in children]) and not any(codes):
+            multiprocessing.connection.wait(
+                [child.sentinel for child, code in zip(children, codes) if code is None])
+        if any(codes):
+            raise SystemExit(next(filter(None, codes)))
     finally:
         for child in children:
             if child.is_alive():

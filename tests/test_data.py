@@ -257,9 +257,9 @@ def test_a_million_spaces_are_encoded(tokenizer):
 
 def test_a_chat_is_special_ids_around_the_question(tokenizer):
     """A later turn begins without the beginning of a text and without a system message."""
-    question = " What is 1 + 1?<|answer|>"
     ask, answer, end = (tokenizer.special[f"<|{name}|>"] for name in ("question", "answer", "end"))
-    assert tokenizer.chat(question) == [ask, *tokenizer.encode(question), answer]
+    for question in " What is 1 + 1?<|answer|>", "<|end|>":
+        assert tokenizer.chat(question) == [ask, *tokenizer.encode(question), answer]
     assert tokenizer.chat("1", first=False) == tokenizer.chat("1") and tokenizer.eos_ids == [end]
     other = Tokenizer(tokenizer.definition | dict(trim=True, chat=[
         ["<|question|>", "Be brief", "<|end|>", "\n", "<|question|>"], ["!", "<|answer|>"]]))

@@ -414,7 +414,7 @@ def test_training_follows_the_schedule(command, tiny_out):
     (dict(name="pure"), dict(recipe="mohawk", mixers=["mamba2"] * 4, lr=5e-4, batch_tokens=768,
                              steps=distill.STEPS["mohawk"])),
     (dict(name="hybrid", scale=0.5), dict(mixers=["mamba2", "attention", "mamba2", "mamba2"],
-                                          steps=dict(kl=2500, sft=0))),
+                                          steps=dict(kl=2250, sft=0))),
     (dict(steps=dict(all=5, sft=0), attention_layers=(0, 3)), dict(
         mixers=["attention", "mamba2", "mamba2", "attention"],
         steps=dict(matrices=5, hidden=5, kl=5, sft=0))),
