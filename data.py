@@ -5,7 +5,6 @@
     prompt = tokenizer.chat(problems[0].question)     # token ids up to where the answer starts
 """
 import base64
-import hashlib
 import itertools
 import json
 import os
@@ -14,12 +13,10 @@ import re
 import zlib
 from dataclasses import dataclass
 
-import numpy as np
 import tiktoken
-from tqdm import tqdm
 
 import hub
-from common import json_lines, read_json, replace_file, write_json
+from common import json_lines, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -168,7 +165,7 @@ def arithmetic_definition():
                 chat=[["<|question|>"], ["<|answer|>"]], eos=["<|end|>"])
 
 
-# ---- first reading ends here: other tasks, prompts, tokenizers on disk, tokens in a cache ----
+# ---- first reading ends here: other tasks, prompts, tokenizers on disk, solutions as tokens ----
 def problem_from(row, default_id, where):
     """The Problem in a row of GSM8K (question, answer), MATH (problem, solution, answer),
     OpenMathInstruct (problem, generated_solution, expected_answer) or a samples.jsonl.
@@ -297,44 +294,19 @@ def load_tokenizer(dir_or_name):
 
 
 class Pairs:
-    """(prompt ids, answer ids) of every worked solution, as a sequence that is read from disk."""
+    """(prompt ids, answer ids) of every worked solution, as a sequence: encoded when asked for.
 
-    def __init__(self, tokens, bounds):
-        self.tokens, self.bounds = tokens, bounds  # all ids in a row; (n, 3): start, answer, end
+    The prompt is the question in its template and chat; the answer is solution_text and the id that
+    ends a turn. It takes a thousandth of the time of training on it, so nothing is kept.
+    """
+
+    def __init__(self, problems, tokenizer, template):
+        self.problems, self.tokenizer, self.template = problems, tokenizer, template
 
     def __len__(self):
-        return len(self.bounds)
+        return len(self.problems)
 
     def __getitem__(self, index):
-        start, answer, end = self.bounds[index]
-        return self.tokens[start:answer].tolist(), self.tokens[answer:end].tolist()
-
-
-def token_pairs(problems, tokenizer, template):
-    """The Pairs of these problems: each question in its template and chat, and its solution_text
-    with the id that ends a turn. They are kept in a cache, under a hash of all that goes in."""
-    texts = [(template.replace("{question}", p.question), solution_text(p)) for p in problems]
-    key = hashlib.sha256(json.dumps([tokenizer.definition, texts]).encode()).hexdigest()[:16]
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    path = os.path.join(cache, "nanoreasoner", f"pairs-{key}.npy")
-    if not os.path.exists(path):
-        replace_file(path, lambda temporary: write_pairs(texts, tokenizer, temporary))
-    try:
-        numbers = np.load(path, mmap_mode="r")
-        first = 1 + 3 * numbers[0]
-        return Pairs(numbers[first:], numbers[1:first].reshape(-1, 3))
-    except (ValueError, OSError, EOFError, IndexError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): delete it to build it again") from None
-
-
-def write_pairs(texts, tokenizer, path):
-    """Write one array: the number of pairs, their bounds, all tokens in a row."""
-    bounds, tokens, end = [len(texts)], [], 0
-    for question, solution in tqdm(texts, desc="tokenising", disable=None):
-        prompt = tokenizer.chat(question)
-        answer = tokenizer.encode(solution) + tokenizer.eos_ids[:1]
-        bounds += [end, end + len(prompt), end + len(prompt) + len(answer)]
-        tokens.append(np.array(prompt + answer, np.int32))
-        end = bounds[-1]
-    with open(path, "wb") as f:
-        np.save(f, np.concatenate([np.array(bounds, np.int64), *tokens]).astype(np.int64))
+        problem, tokenizer = self.problems[index], self.tokenizer
+        prompt = tokenizer.chat(self.template.replace("{question}", problem.question))
+        return prompt, tokenizer.encode(solution_text(problem)) + tokenizer.eos_ids[:1]

@@ -37,7 +37,7 @@ import hub
 import parallel
 from common import (Parser, choose_device, folder_name, json_line, locked, number, read_jsonl,
                     replace_file, run, same_settings, write_bytes, write_json)
-from data import choose_subset, load_task, load_tokenizer, prompt_template, token_pairs
+from data import Pairs, choose_subset, load_task, load_tokenizer, prompt_template
 from grade import extract_answer, is_correct
 from model import FROM_ATTENTION, LM, MIXERS, Config, student_from, weight_dtype
 
@@ -479,8 +479,7 @@ class Data:
                              f"train on: it needs GSM8K's layout, a column `solution`, or finished "
                              f"samples with a \\boxed{{}} answer")
         problems = choose_subset(problems, self.limit, self.subset_seed)
-        with parallel.first_alone():
-            return token_pairs(problems, tokenizer, self.template)
+        return Pairs(problems, tokenizer, self.template)
 
     def settings(self):
         content = None

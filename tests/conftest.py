@@ -3,12 +3,9 @@ and a tiny teacher with its students."""
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are so small that threads only wait
-CACHE = tempfile.TemporaryDirectory(prefix="nanoreasoner-tests-")
-os.environ["XDG_CACHE_HOME"] = CACHE.name  # where distill.py keeps what it has tokenised
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 

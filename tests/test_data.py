@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 import data
@@ -298,50 +297,12 @@ def test_a_folder_without_a_usable_tokenizer_is_named(tokenizer, tmp_path):
         assert "\n" not in str(error.value)
 
 
-# ---------------------------------------------------------------------------- the token cache
-TEXTS = [Problem(str(i), f"{i} +{{1}}?", str(i + 1), f"{i} +1 = {i + 1}\n#### {i + 1}" * (i % 3))
-         for i in range(20)]
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path / "nanoreasoner"
-
-
-def test_pairs_are_prompt_solution_and_end(tokenizer, cache, monkeypatch):
-    """Read from disk, and the second time without tokenising."""
-    pairs = data.token_pairs(TEXTS, tokenizer, "Q: {question} {}")
+# ---------------------------------------------------------------------------- solutions as tokens
+def test_pairs_are_prompt_solution_and_end(tokenizer):
+    """In the order of the problems, at any index, as often as asked."""
+    problems = [Problem(str(i), f"{i} +{{1}}?", str(i + 1), f"{i} +1 = {i + 1}\n#### {i + 1}")
+                for i in range(20)]
+    pairs = data.Pairs(problems, tokenizer, "Q: {question} {}")
     expected = [(tokenizer.chat(f"Q: {p.question} {{}}"),
-                 tokenizer.encode(data.solution_text(p)) + tokenizer.eos_ids[:1]) for p in TEXTS]
-    assert list(pairs) == expected and len(pairs) == 20 and isinstance(pairs.tokens, np.memmap)
-    monkeypatch.setattr(Tokenizer, "encode", None)
-    assert list(data.token_pairs(TEXTS, tokenizer, "Q: {question} {}")) == expected
-    assert len(os.listdir(cache)) == 1
-
-
-def test_whatever_changes_the_texts_has_a_file_of_its_own(tokenizer, cache):
-    """Red if the name leaves something out: a run would train on the texts of another."""
-    other = Tokenizer(tokenizer.definition | {"trim": True})
-    changed = [[Problem(**vars(TEXTS[0]) | {field: "9"}), *TEXTS[1:]]
-               for field in ("question", "solution")]
-    for count, arguments in enumerate([
-            (TEXTS, tokenizer, "{question}"), (TEXTS, tokenizer, "{question} "),
-            (TEXTS, other, "{question}"), (TEXTS[:-1], tokenizer, "{question}"),
-            *((some, tokenizer, "{question}") for some in changed)], 1):
-        data.token_pairs(*arguments)
-        assert len(os.listdir(cache)) == count
-
-
-@pytest.mark.parametrize("damage", [lambda old: b"", lambda old: old[:3], lambda old: old[:70],
-                                    lambda old: old[:-8], lambda old: b"#" * len(old)],
-                         ids=["empty", "3 bytes", "half a header", "a number short", "no header"])
-def test_a_broken_cache_is_an_error_that_says_delete_it(tokenizer, cache, damage):
-    """Never other training data in silence; and then it works again."""
-    good = list(data.token_pairs(TEXTS, tokenizer, "{question}"))
-    path, = cache.iterdir()
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match=rf"{re.escape(str(path))} .*delete it"):
-        data.token_pairs(TEXTS, tokenizer, "{question}")
-    path.unlink()
-    assert list(data.token_pairs(TEXTS, tokenizer, "{question}")) == good
+                 tokenizer.encode(data.solution_text(p)) + tokenizer.eos_ids[:1]) for p in problems]
+    assert list(pairs) == expected and [pairs[i] for i in range(len(pairs))] == expected
