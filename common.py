@@ -71,6 +71,8 @@ class Parser(argparse.ArgumentParser):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of a docstring, and shows the defaults that say something."""
+
     def _get_help_string(self, action):  # no "(default: None)", "(default: False)", "(default: [])"
         plain = action.default in (None, []) or action.default is False
         return action.help if plain else super()._get_help_string(action)
@@ -187,9 +189,10 @@ def write_json(path, value):
     write_bytes(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
-def crc(*values):
-    """CRC-32 of some JSON values, as 8 hexadecimal digits."""
-    return f"{zlib.crc32(json.dumps(values).encode()):08x}"
+def crc(content):
+    """CRC-32 of a text or of bytes, as 8 hexadecimal digits: tells one content from another."""
+    content = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+    return f"{zlib.crc32(content):08x}"
 
 
 def same_settings(path, settings, begun):

@@ -23,7 +23,6 @@ import pickle
 import random
 import shutil
 import time
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -35,7 +34,7 @@ import torch.utils.checkpoint
 
 import hub
 import parallel
-from common import (Parser, choose_device, folder_name, json_line, locked, number, read_jsonl,
+from common import (Parser, choose_device, crc, folder_name, json_line, number, read_jsonl,
                     replace_file, run, same_settings, write_bytes, write_json)
 from data import Pairs, choose_subset, load_task, load_tokenizer, prompt_template
 from grade import extract_answer, is_correct
@@ -76,6 +75,7 @@ def replaced(student, teacher):
 
 
 def positions_of(tokens):
+    """The positions of tokens (B, L) in their rows, (1, L)."""
     return torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, L)
 
 
@@ -274,11 +274,13 @@ MATRIX_LENGTH = 128  # tokens of a sequence in orientation, whose memory grows w
 
 
 def matrices(student, teacher, batch):
+    """The loss of orientation: matrix_loss of the first tokens."""
     cut = slice(None), slice(MATRIX_LENGTH)
     return matrix_loss(student, teacher, batch.tokens[cut], batch.valid[cut])
 
 
 def hidden(student, teacher, batch):
+    """The loss of alignment."""
     return hidden_loss(student, teacher, batch.tokens, batch.valid)
 
 
@@ -292,6 +294,7 @@ def kl_towards(direction):
 
 
 def sft(student, teacher, batch):
+    """The loss of fine-tuning on the written solutions, without a teacher."""
     return cross_entropy_loss(student(batch.tokens), batch.labels)
 
 
@@ -435,6 +438,7 @@ class Progress:
 
 
 def save_npz(path, arrays):
+    """Write arrays by name into a compressed file of exactly this path."""
     with open(path, "wb") as f:  # given a name, numpy would add its own ending
         np.savez_compressed(f, **arrays)
 
@@ -485,7 +489,7 @@ class Data:
         content = None
         if os.path.isfile(self.task):
             with open(self.task, "rb") as f:
-                content = f"{zlib.crc32(f.read()):08x}"
+                content = crc(f.read())
         return dataclasses.asdict(self) | dict(content=content)
 
 
@@ -547,7 +551,7 @@ def distill(name, student, data, hardware, teacher_folder, out, suffix=""):
     settings = data.settings() | choices | dict(
         teacher=hub.fingerprint(teacher_folder), kl=student.kl, d_state=student.d_state,
         transfer=student.transfer, seed=student.seed)
-    with exclusively(os.path.join(out, name + suffix)) as folder:
+    with parallel.exclusively(os.path.join(out, name + suffix)) as folder:
         progress = Progress(folder, settings)
         if progress.is_finished:
             print(f"{folder}: finished", flush=True)
@@ -596,13 +600,6 @@ def ready(lm, teacher, hardware):
 def home(hardware):
     """Where models are made: many processes make theirs on the CPU, and move only their part."""
     return hardware.device if parallel.world() == 1 else "cpu"
-
-
-@contextlib.contextmanager
-def exclusively(folder):
-    """Work in a folder where no other command works; under torchrun the first process locks it."""
-    with contextlib.nullcontext() if parallel.rank() else locked(folder):
-        yield folder
 
 
 def start_length(task):
@@ -661,6 +658,7 @@ def stage_steps(text):
 
 
 def add_data_options(parser):
+    """Add the options of what to learn from, shared with teacher.py; returns the group's add."""
     group = parser.add_argument_group("what to learn from")
     add = group.add_argument
     add("--task", default="arithmetic", help="arithmetic, gsm8k, openmath2, openmath2[1000:2000], "
@@ -674,6 +672,7 @@ def add_data_options(parser):
 
 
 def add_hardware_options(parser):
+    """Add the options of where and how to compute, shared with teacher.py."""
     group = parser.add_argument_group("where and how to compute")
     add = group.add_argument
     add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")

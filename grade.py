@@ -15,13 +15,12 @@ Contents: votes, k of n samples, models on the clock, the report; files and opti
 import functools
 import itertools
 import os
-import zlib
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from common import Parser, folder_name, number, read_json, read_jsonl, run, write_json
+from common import Parser, crc, folder_name, number, read_json, read_jsonl, run, write_json
 from verdict import extract_answer, groups, is_correct
 
 SCORED = ("best_of_n", "weighted")  # rules that need a judge's scores
@@ -187,7 +186,7 @@ def ahead(teacher, student, seed):
         budgets=moments[edges - [0, 1]].tolist(), times_as_fast=times_as_fast(teacher, student))
 
 
-# ---- first reading ends here: THE TABLE, FILES, OPTIONS ----
+# ---- first reading ends here: the front, the table, files, options ----
 def times_as_fast(teacher, student):
     """[least, most] of the teacher's seconds over the student's to the same value; None for never.
 
@@ -293,9 +292,9 @@ def add_scores(path, problems):
     """Give records a judge's `score`, and `scored`: its seconds since scoring began."""
     found = read_records(path, score=float)
     for r in itertools.chain(*problems):
-        crc = f"{zlib.crc32(r['completion'].encode('utf-8', 'surrogatepass')):08x}"
+        text = crc(r["completion"])
         score = found.get((r["problem"], r["sample"]), dict(crc=None))
-        if score.get("crc", crc) != crc:
+        if score.get("crc", text) != text:
             raise ValueError(f"{path} has no score of problem {r['problem']}, sample {r['sample']}"
                              f", or one of another text: run python score.py")
         r |= dict(score=score["score"], scored=score["seconds"])

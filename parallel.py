@@ -23,15 +23,17 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict)
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from common import run
+from common import locked, run
 
 
 # ---------------------------------------------------------------------------- torchrun
 def rank():
+    """Which of the processes this is; 0 is the first."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world():
+    """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -56,6 +58,13 @@ def first_alone():
     yield
     if not rank():
         wait()
+
+
+@contextlib.contextmanager
+def exclusively(folder):
+    """Work in a folder where no other command works; the first process locks it for all."""
+    with contextlib.nullcontext() if rank() else locked(folder):
+        yield folder
 
 
 @contextlib.contextmanager

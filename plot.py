@@ -131,7 +131,7 @@ def draw_matrices(name, found):
     return fig
 
 
-# ---- first reading ends here: THE FRONT, TRAINING, FILES, OPTIONS ----
+# ---- first reading ends here: the front, training curves, files, options ----
 def draw_front(fronts, look):
     """Two panels, coverage and accuracy: all models at each time budget, a halo for the best."""
     fig, axes = plt.subplots(1, 2, figsize=(11, 4.6))

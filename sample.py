@@ -13,7 +13,6 @@ import itertools
 import os
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 import hub
 import parallel
-from common import (Parser, choose_device, crc, device_name, find_models, json_line, locked, number,
+from common import (Parser, choose_device, crc, device_name, find_models, json_line, number,
                     read_jsonl, run, same_settings, write_json)
 from data import choose_subset, load_task, load_tokenizer, prompt_template
 from decode_kernels import prepare
@@ -366,7 +365,7 @@ def sample_model(model_folder, folder, problems, settings, most, seconds, device
     params = lm.num_parameters()  # what prepare joins is no longer a parameter
     prepare(lm)
     settings = settings | dict(
-        problems=len(problems), questions=crc([(p.question, p.answer) for p in problems]),
+        problems=len(problems), questions=crc(repr([(p.question, p.answer) for p in problems])),
         weights=hub.fingerprint(model_folder), processes=parallel.world(), device=device.type,
         dtype=str(lm.dtype).removeprefix("torch."))
     records = read_samples(path, problems)
@@ -485,8 +484,8 @@ def main(argv=None):
         until = "" if seconds == float("inf") else f", {seconds:g} seconds each"
         print(f"{len(problems)} problems of {args.task}{until}: {', '.join(models)}", flush=True)
         for name, folder in models.items():
-            with locked(os.path.join(args.out, name)) if not parallel.rank() else nullcontext():
-                sample_model(folder, os.path.join(args.out, name), problems, settings, most,
+            with parallel.exclusively(os.path.join(args.out, name)) as target:
+                sample_model(folder, target, problems, settings, most,
                              seconds, device, dtype)
 
 

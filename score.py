@@ -20,8 +20,6 @@ import math
 import os
 import sys
 import time
-import zlib
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -31,7 +29,7 @@ from tqdm import tqdm
 
 import hub
 import parallel
-from common import (Parser, choose_device, folder_name, json_line, locked, number, read_json,
+from common import (Parser, choose_device, crc, folder_name, json_line, number, read_json,
                     read_jsonl, run, same_settings, write_json)
 from data import INSTRUCTION, load_tokenizer
 from model import LM
@@ -164,14 +162,9 @@ def take(texts, tokens):
 
 
 # ---------------------------------------------------------------------------- one model's samples
-def crc(record):
-    """Eight hex digits that tell to which text a score belongs."""
-    return f"{zlib.crc32(record['completion'].encode('utf-8', 'surrogatepass')):08x}"
-
-
 def read_scores(path, records):
     """{(problem, sample): score record} so far; ValueError if one is not of these samples."""
-    texts, found = {(r["problem"], r["sample"]): crc(r) for r in records}, {}
+    texts, found = {(r["problem"], r["sample"]): crc(r["completion"]) for r in records}, {}
     fields = dict(problem=int, sample=int, score=float, num_tokens=int, seconds=float, crc=str)
     for score in read_jsonl(path, fields, torn=True):
         pair = score["problem"], score["sample"]
@@ -224,7 +217,7 @@ def score_samples(folder, to, judge, tokenizer, settings, aggregate, budget):
             f.write(b"".join(json_line(dict(
                 problem=text.record["problem"], sample=text.record["sample"],
                 score=AGGREGATE[aggregate](steps), num_tokens=len(text.ids),
-                seconds=round(seconds, 4), crc=crc(text.record)))
+                seconds=round(seconds, 4), crc=crc(text.record["completion"])))
                 for text, steps in zip(batch, judged)))
             bar.update(len(batch))
     parallel.wait()
@@ -232,6 +225,7 @@ def score_samples(folder, to, judge, tokenizer, settings, aggregate, budget):
 
 
 def texts_of(judge, tokenizer, records, template):
+    """What the judge reads of each record."""
     return (judge.text(tokenizer, record, template) for record in records)
 
 
@@ -293,7 +287,7 @@ def main(argv=None):
                     source), dtype=str(dtype).removeprefix("torch."), device=device.type)
                 judges[source] = KINDS[args.kind](lm, tokenizer), tokenizer, settings
             folder = os.path.join(args.out, name)
-            with nullcontext() if parallel.rank() else locked(folder):
+            with parallel.exclusively(folder):
                 score_samples(folder, args.to, *judges[source], args.aggregate, args.tokens)
 
 

@@ -15,7 +15,7 @@ import parallel
 from common import Parser, choose_device, number, run
 from data import load_tokenizer, prompt_template
 from distill import (Data, Hardware, Progress, Stage, add_data_options, add_hardware_options,
-                     exclusively, home, sft, start_length, train_and_save)
+                     home, sft, start_length, train_and_save)
 from model import LM, Config
 
 SIZES = dict(base=dict(n_layers=4), small=dict(n_layers=2))  # else as Config's defaults
@@ -36,7 +36,7 @@ def make_teacher(source, size, data, budget, seed, hardware, out):
     folder = os.path.join(out, "teacher" + "-small" * (size == "small"))
     if source and os.path.realpath(source) == os.path.realpath(folder):
         raise ValueError(f"--from {source} is where the copy would go: choose another --out")
-    with exclusively(folder):
+    with parallel.exclusively(folder):
         progress = Progress(folder, data.settings() | origin | budget | dict(seed=seed))
         if progress.is_finished:
             print(f"{folder}: finished", flush=True)
