@@ -91,6 +91,7 @@ def print_cells(name, *cells, width=12):
 
 # ---------------------------------------------------------------------------- bytes
 def weight_bytes(lm):
+    """The bytes of a model's weights."""
     return sum(parameter.nbytes for parameter in lm.parameters())
 
 
@@ -369,10 +370,12 @@ def bench_against(against, batch, prompt, generate, repeats, device, dtype):
 # ---------------------------------------------------------------------------- kernels and peers
 # Each takes our inputs and returns a selective scan and what to call it with.
 def our_scan(inputs):
+    """Our selective scan, with the arguments of all peers."""
     return lambda **inputs: kernels.selective_scan(**inputs, dt_softplus=True)[0], inputs
 
 
 def mamba_ssm_scan(inputs):  # Gu & Dao's own
+    """mamba_ssm's scan: channels first, no first state."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     def scan(x, dt, A, B, C, D, z, dt_bias):
@@ -383,6 +386,7 @@ def mamba_ssm_scan(inputs):  # Gu & Dao's own
 
 
 def mambapy_scan(inputs):  # as in its MambaBlock.selective_scan; PyTorch only, one group
+    """mambapy's parallel scan, as its MambaBlock uses it."""
     from mambapy.pscan import pscan
 
     def scan(x, dt, A, B, C, D, z, dt_bias):
@@ -394,6 +398,7 @@ def mambapy_scan(inputs):  # as in its MambaBlock.selective_scan; PyTorch only, 
 
 
 def transformers_layer(inputs):  # the whole layer: it does not offer its scan alone
+    """transformers' whole Mamba layer: its loop can't be called alone."""
     from transformers.models.mamba.modeling_mamba import MambaConfig, MambaMixer
     x, (channels, d_state) = inputs["x"], inputs["A"].shape
     layer = MambaMixer(MambaConfig(hidden_size=channels, intermediate_size=channels, expand=1,

@@ -21,6 +21,7 @@ from common import json_lines, read_json, write_json
 
 @dataclass(frozen=True)
 class Problem:
+    """A question with its gold answer."""
     id: str
     question: str
     answer: str  # the gold answer, for grading

@@ -30,6 +30,7 @@ FUSED = dict(enable_fp_fusion=True)  # a b + c in one instruction: not every Tri
 
 
 def compute_dtype(x):
+    """The dtype in which a result for x is computed: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -101,16 +102,19 @@ def pieces(programs, length, device):
 # ---------------------------------------------------------------------------- inside kernels
 @triton.jit
 def load(pointers, mask):
+    """What the pointers hold, as float32; 0 where the mask is False."""
     return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def exp(u):
+    """e^u by one instruction: 2^(u log2 e)."""
     return tl.exp2(u * 1.4426950408889634)  # e^u = 2^(u log2 e): a GPU has an instruction for 2^u
 
 
 @triton.jit
 def sigmoid(u):
+    """1 / (1 + e^-u)."""
     return 1.0 / (1.0 + exp(-u))
 
 

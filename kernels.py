@@ -670,10 +670,12 @@ def half_product(dtype):
 
 # ------------------------------------------------------------------------------ check and time
 def scan_rung(backend):
+    """The scan on one rung, as a function of its inputs."""
     return lambda **inputs: selective_scan(**inputs, dt_softplus=True, backend=backend)[0]
 
 
 def matrix_rung(x, log_decay, B, C):
+    """SSD as one matrix per head, y = T x."""
     T = mixing_matrix(log_decay, B, C)  # (B, H, L, L)
     return (T @ x.transpose(1, 2).to(T.dtype)).transpose(1, 2).to(x.dtype)
 
@@ -748,12 +750,14 @@ def bytes_kept(function, inputs):
 
 
 def positive(text):
+    """An argparse type: a whole number of 1 or more."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return int(text)
 
 
 def parse_options():
+    """The options of `python kernels.py`."""
     on_gpu = torch.cuda.is_available()
     sizes = 4, 2048, 2048, 16  # of a real layer
     if not on_gpu:  # the interpreter takes a second for what a GPU does in microseconds

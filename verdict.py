@@ -265,6 +265,7 @@ def start_process():
 
 
 def end_process(process):
+    """End the process, if there is one."""
     process.kill()
     process.communicate()  # waits for it and closes its pipes
 
