@@ -743,6 +743,8 @@ def main(argv=None):
         make = functools.partial(distill, student=student, data=data, hardware=hardware,
                                  teacher_folder=teacher, out=args.out, suffix=suffix)
         if hardware.device.type == "cpu" and parallel.world() == 1 and len(names) > 1:
+            if args.task != "arithmetic":
+                data.pairs(load_tokenizer(teacher))  # if it cannot be read, one process says so
             parallel.side_by_side(make, names)  # a second thread gains 3% at these sizes
         else:
             for name in names:

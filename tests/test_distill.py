@@ -682,3 +682,12 @@ def test_compiling_without_a_compiler_is_one_clear_line(command, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match=r"--compile needs a C\+\+ compiler"):
         command("--compile")
+
+
+def test_a_task_that_cannot_be_read_is_told_once_before_anything_is_made(tmp_path, tiny_out):
+    """Of two students, which would be made in a process each."""
+    (tmp_path / "bad.jsonl").write_text('{"question": "1", "answer": [2]}\n')
+    with pytest.raises(ValueError, match="bad.jsonl, line 1: answer"):
+        distill.main(["--task", str(tmp_path / "bad.jsonl"), "--teacher", str(tiny_out / "teacher"),
+                      "--out", str(tmp_path / "out"), "--device", "cpu"])
+    assert not (tmp_path / "out").exists()
