@@ -539,11 +539,17 @@ class State:
                 mine[name][(rows, *map(slice, tensor.shape[1:]))] = tensor[places]
 
     def select(self, rows):
-        """Keep these rows, in this order: sorts or shrinks a batch."""
+        """Keep these rows, in this order and in place: sorts or shrinks a batch.
+
+        Of keys and values (B, K, T, P) only the columns that are used move.
+        """
+        used = slice(max(self.lengths.tolist(), default=0))
         self.lengths = self.lengths[rows]
         for layer in self.layers:
-            for name in layer:
-                layer[name] = layer[name][rows]
+            for name, tensor in layer.items():
+                part = (slice(None), used) if name in ("keys", "values") else ()
+                tensor[(slice(len(rows)), *part)] = tensor[(rows, *part)]
+                layer[name] = tensor[:len(rows)]
 
     def nbytes(self):
         return sum(tensor.nbytes for layer in self.layers for tensor in layer.values())
