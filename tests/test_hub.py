@@ -774,7 +774,7 @@ def broken(**changes):
     (broken(merges=lambda merges: merges[:-5]), "merges do not make"),
     (broken(merges=lambda merges: merges[:-2] + merges[:-3:-1]), "in the order of the ids"),
     (broken(merges=[["a", "b"]] * 1_000_001), "1,000,001 merges"),
-    (lambda content: {"model": {"type": "BPE"}}, "vocab"), (lambda content: [], "JSON object"),
+    (lambda content: {"model": {"type": "BPE"}}, "vocab"), (lambda content: [], "an object"),
 ])
 def test_a_tokenizer_json_that_would_give_other_ids_is_refused(trained, change, message, tmp_path):
     """Other ids than a model was trained on give a model that babbles, without any error."""
