@@ -426,7 +426,7 @@ def summary(path, lm, batch_size):
 
 
 # ---------------------------------------------------------------------------- the script
-SECONDS = 60  # of each model if nothing else is asked for: the main command takes 10 minutes
+SECONDS = 60  # of each model if nothing else is asked for: the main command takes 9 minutes
 
 
 def parse_args(argv=None):
