@@ -1,18 +1,10 @@
-"""Triton's small helpers, and the kernels for ONE token, where decoding spends its time.
+"""Helpers around Triton, the kernels for ONE token, and `prepare`: a model ready for decoding.
 
-To decode a token, a layer reads its state, changes it a little and writes it back, with next to no
-arithmetic. So what counts on a GPU is to touch the state once: every step is one kernel. The
-formulas stand in kernels.py beside the same steps in PyTorch. Attention to a cache of keys and
-values, which the recurrences replace, has its PyTorch form here.
-
-    check_shapes, use_triton, pieces              may it run, and where
-    load, exp, sigmoid, softplus                  inside kernels, in float32
-    causal_conv_step, selective_step, ssd_step    one token of each recurrence
-    decode_attention                              one token of attention
-
-Letters: B batch, D channels, N states, G groups, H heads, P channels of a head, W taps of a
-convolution; for attention K kv heads, h head size, T columns of the cache.
+To decode a token, a layer reads its state, changes it a little and writes it back. So what counts
+on a GPU is to touch the state once: every step is one kernel. The formulas stand in kernels.py,
+with the same steps in PyTorch. Letters in shape comments are model.py's.
 """
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -39,12 +31,11 @@ def full_precision(x):
     return torch.autocast(x.device.type, enabled=False)
 
 
-# ---------------------------------------------------------------------------- may it run, and where
+# ---- may it run, and where ----
 def check_shapes(**tensors):
-    """The size of every letter in check_shapes(x=(x, "B L D"), weight=(weight, "D 1")), as a dict.
+    """ValueError names the first tensor that does not fit those before it, or has a size of 0.
 
-    ValueError names the first tensor that does not fit those before it, or has a size of 0 where a
-    letter is. A number stands for itself; a tensor that is None is skipped.
+    check_shapes(x=(x, "B L D"), weight=(weight, "D 1")); a tensor that is None is skipped.
     """
     sizes = {}
     for name, (tensor, letters) in tensors.items():
@@ -57,143 +48,111 @@ def check_shapes(**tensors):
         if found != expected:
             raise ValueError(f"{name} has shape {found}, expected ({', '.join(map(str, expected))})"
                              f" = ({', '.join(letters)})")
-    return sizes
 
 
 def use_triton(backend, *tensors, backward=True):
     """Whether Triton runs on these tensors; None is skipped. ValueError if "triton" can't.
 
-    "auto" takes it for CUDA tensors, but not for float64, nor where a gradient is recorded and the
-    kernel has no backward pass (backward=False).
+    "auto" takes it for CUDA tensors, but not where a gradient is recorded and the kernel has no
+    backward pass (backward=False).
     """
     if backend not in ("auto", "ref", "torch", "triton"):
-        raise ValueError(f"backend is {backend!r}, expected one of 'auto', 'ref', 'torch', "
-                         "'triton'")
+        raise ValueError(f"backend is {backend!r}, expected 'auto', 'ref', 'torch' or 'triton'")
     tensors = [tensor for tensor in tensors if tensor is not None]
     on_gpu = all(tensor.is_cuda for tensor in tensors)
-    double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    obstacle = (
+        "Triton is not installed (pip install triton, on Linux)" if INTERPRETED is None else
+        "the tensors are not on a GPU (TRITON_INTERPRET=1 interprets kernels on a CPU)"
+        if not (on_gpu or INTERPRETED) else "a tensor is float64: use 'torch'"
+        if any(tensor.dtype == torch.float64 for tensor in tensors) else "")
     if backend != "triton":
         recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        possible = on_gpu and INTERPRETED is not None and not double and (backward or not recorded)
-        return backend == "auto" and possible
-    if INTERPRETED is None:
-        raise ValueError("backend is 'triton', but Triton is not installed (pip install triton, on "
-                         "Linux)")
-    if not (on_gpu or INTERPRETED):
-        raise ValueError("backend is 'triton', but the tensors are not on a GPU (TRITON_INTERPRET=1"
-                         " in the environment interprets the kernels on a CPU, slowly)")
-    if double:
-        raise ValueError("backend is 'triton', which computes in float32, but a tensor is float64: "
-                         "take 'torch' or 'ref'")
+        return backend == "auto" and on_gpu and not obstacle and (backward or not recorded)
+    if obstacle:
+        raise ValueError(f"backend is 'triton', but {obstacle}")
     return True
 
 
 def pieces(programs, length, device):
-    """Into how many pieces to cut time so that a GPU is full: 8 programs for each multiprocessor.
-
-    `programs` are there without cutting; a piece has 128 steps or more.
-    """
+    """Into how many pieces of 128 steps or more to cut time, so that `programs` times as many fill
+    a GPU: 8 for each multiprocessor."""
     if device.type != "cuda":
         return 1
     wanted = 8 * torch.cuda.get_device_properties(device).multi_processor_count
     return max(1, min(wanted // programs, triton.cdiv(length, 128)))
 
 
-# ---------------------------------------------------------------------------- inside kernels
 @triton.jit
 def load(pointers, mask):
-    """What the pointers hold, as float32; 0 where the mask is False."""
+    """What is at the pointers, as float32; 0 where the mask is False."""
     return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def exp(u):
-    """e^u by one instruction: 2^(u log2 e)."""
-    return tl.exp2(u * 1.4426950408889634)  # e^u = 2^(u log2 e): a GPU has an instruction for 2^u
-
-
-@triton.jit
-def sigmoid(u):
-    """1 / (1 + e^-u)."""
-    return 1.0 / (1.0 + exp(-u))
-
-
-@triton.jit
 def softplus(u):
-    """log(1 + e^u) = max(u, 0) + log(1 + e) with e = e^-|u|: it can't overflow, and is 0 at -inf.
-
-    1 + e would lose the digits of a small e: there log(1 + e) = e - e^2/2 + e^3/3.
-    """
-    e = exp(-tl.abs(u))
-    series, log = e * (1.0 - e * (0.5 - e * 0.33333333)), tl.log2(1.0 + e) * 0.6931471805599453
-    return tl.maximum(u, 0.0) + tl.where(e < 0.01, series, log)
+    """log(1 + e^u) = max(u, 0) + log(1 + e), e = e^-|u|: it can't overflow, and is 0 at -inf."""
+    e = tl.exp(-tl.abs(u))
+    series = e * (1.0 - e * (0.5 - e * 0.33333333))  # of a small e, whose digits 1 + e would lose
+    return tl.maximum(u, 0.0) + tl.where(e < 0.01, series, tl.log(1.0 + e))
 
 
-# ---------------------------------------------------------------------------- a step
+# ---- one token of each recurrence, for the function of that name in kernels.py ----
 @triton.jit
 def _causal_conv_step_kernel(past, x, weight, bias, y, d_inner,
                              WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
     """One program: BLOCK_D channels of a row, whose past moves up by one. Grid: blocks, B."""
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    row, is_d = tl.program_id(1).to(tl.int64), d < d_inner
-    newest = tl.load(x + row * d_inner + d, mask=is_d, other=0.0)
-    taps = weight + d * WIDTH
-    total = load(bias + d, is_d) + newest.to(tl.float32) * load(taps + WIDTH - 1, is_d)
+    row, is_d, taps = tl.program_id(1).to(tl.int64), d < d_inner, weight + d * WIDTH
+    newest = load(x + row * d_inner + d, is_d)
+    total = load(bias + d, is_d) + newest * load(taps + WIDTH - 1, is_d)
     for k in tl.static_range(WIDTH - 1):
         place = past + (row * (WIDTH - 1) + k) * d_inner + d
         total += load(place, is_d) * load(taps + k, is_d)
-        newer = tl.load(place + d_inner, mask=is_d, other=0.0) if k < WIDTH - 2 else newest
-        tl.store(place, newer, mask=is_d)
+        tl.store(place, load(place + d_inner, is_d) if k < WIDTH - 2 else newest, mask=is_d)
     tl.store(y + row * d_inner + d, total, mask=is_d)
 
 
 def causal_conv_step(past, x, weight, bias):
-    """kernels.causal_conv_step in one launch; past (B, W-1, D) contiguous, changed in place."""
-    (batch, d_inner), y = x.shape, torch.empty_like(x, memory_format=torch.contiguous_format)
+    (batch, d_inner), x = x.shape, x.contiguous()
+    y = torch.empty_like(x)
     _causal_conv_step_kernel[triton.cdiv(d_inner, 256), batch](
-        past, x.contiguous(), weight.contiguous(), bias, y, d_inner,
-        WIDTH=weight.shape[2], BLOCK_D=256, **FUSED)
+        past, x, weight.contiguous(), bias, y, d_inner, WIDTH=weight.shape[2], BLOCK_D=256, **FUSED)
     return y
 
 
 @triton.jit
 def _selective_step_kernel(h, x, dt, A, B, C, D, z, dt_bias, y, d_inner, d_state, groups,
                            SOFTPLUS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
-    """One program: BLOCK_D channels of a row, whose states are one stretch of memory.
-
-    D, z and dt_bias may be None. Grid: blocks of channels, B.
-    """
+    """One program: BLOCK_D channels of a row. D, z, dt_bias may be None. Grid: blocks, B."""
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)[:, None]  # (BLOCK_D, 1)
-    n = tl.arange(0, BLOCK_N)[None, :]  # (1, N)
-    row, is_d, is_n = tl.program_id(1).to(tl.int64), d < d_inner, n < d_state
-    channel, state = row * d_inner + d, (row * d_inner + d) * d_state + n
+    n, row = tl.arange(0, BLOCK_N)[None, :], tl.program_id(1).to(tl.int64)  # (1, N)
+    is_d, channel = d < d_inner, row * d_inner + d
+    state, is_state = channel * d_state + n, is_d & (n < d_state)  # (BLOCK_D, N)
     in_group = (row * groups + d // (d_inner // groups)) * d_state + n  # (BLOCK_D, N)
     x_t, dt_t = load(x + channel, is_d), load(dt + channel, is_d)  # (BLOCK_D, 1)
     if dt_bias is not None:
         dt_t += load(dt_bias + d, is_d)
     if SOFTPLUS:
         dt_t = softplus(dt_t)
-    decay = exp(dt_t * load(A + d * d_state + n, is_d & is_n))  # (BLOCK_D, N)
-    h_t = decay * load(h + state, is_d & is_n) + (dt_t * x_t) * load(B + in_group, is_d & is_n)
-    tl.store(h + state, h_t, mask=is_d & is_n)
-    y_t = tl.sum(h_t * load(C + in_group, is_d & is_n), axis=1, keep_dims=True)  # (BLOCK_D, 1)
+    decay = tl.exp(dt_t * load(A + d * d_state + n, is_state))  # (BLOCK_D, N)
+    h_t = decay * load(h + state, is_state) + (dt_t * x_t) * load(B + in_group, is_state)
+    tl.store(h + state, h_t, mask=is_state)
+    y_t = tl.sum(h_t * load(C + in_group, is_state), axis=1, keep_dims=True)  # (BLOCK_D, 1)
     if D is not None:
         y_t += load(D + d, is_d) * x_t
     if z is not None:
         z_t = load(z + channel, is_d)
-        y_t *= z_t * sigmoid(z_t)
+        y_t *= z_t * tl.sigmoid(z_t)
     tl.store(y + channel, y_t, mask=is_d)
 
 
 def selective_step(h, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
-    """kernels.selective_step in one launch; h (B, D, N) contiguous, changed in place."""
-    (batch, d_inner), d_state = x.shape, A.shape[1]
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    x, dt, A, B, C, z = (u if u is None else u.contiguous() for u in (x, dt, A, B, C, z))
+    (batch, d_inner), (groups, d_state), y = x.shape, B.shape[1:], torch.empty_like(x)
     block_n = triton.next_power_of_2(d_state)
     block_d = max(1, 1024 // block_n)
-    x, dt, A, B, C, z = (u if u is None else u.contiguous() for u in (x, dt, A, B, C, z))
     _selective_step_kernel[triton.cdiv(d_inner, block_d), batch](
-        h, x, dt, A, B, C, D, z, dt_bias, y, d_inner, d_state, B.shape[1],
+        h, x, dt, A, B, C, D, z, dt_bias, y, d_inner, d_state, groups,
         SOFTPLUS=dt_softplus, BLOCK_D=block_d, BLOCK_N=block_n, **FUSED)
     return y
 
@@ -207,158 +166,127 @@ def _ssd_step_kernel(h, x, log_decay, B, C, y, n_heads, head_dim, d_state,
     head = tl.program_id(2).to(tl.int64) * n_heads + tl.program_id(1)
     is_p, is_n = p < head_dim, n < d_state
     state = (head * head_dim + p) * d_state + n  # (P, N)
-    decay, x_t = exp(tl.load(log_decay + head).to(tl.float32)), load(x + head * head_dim + p, is_p)
-    B_t, C_t = load(B + head * d_state + n, is_n), load(C + head * d_state + n, is_n)
+    decay, row = tl.exp(tl.load(log_decay + head).to(tl.float32)), head * d_state + n
+    x_t, B_t, C_t = load(x + head * head_dim + p, is_p), load(B + row, is_n), load(C + row, is_n)
     h_t = decay * load(h + state, is_p & is_n) + x_t * B_t
     tl.store(h + state, h_t, mask=is_p & is_n)
     tl.store(y + head * head_dim + p, tl.sum(h_t * C_t, axis=1, keep_dims=True), mask=is_p)
 
 
 def ssd_step(h, x, log_decay, B, C):
-    """kernels.ssd_step in one launch; h (B, H, P, N) contiguous, changed in place."""
-    (batch, n_heads, head_dim), d_state = x.shape, B.shape[2]
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    x, log_decay, B, C = (u.contiguous() for u in (x, log_decay, B, C))
+    (batch, n_heads, head_dim), d_state, y = x.shape, B.shape[2], torch.empty_like(x)
     block_n = triton.next_power_of_2(d_state)
     block_p = min(triton.next_power_of_2(head_dim), max(1, 4096 // block_n))
-    x, log_decay, B, C = (u.contiguous() for u in (x, log_decay, B, C))
     _ssd_step_kernel[triton.cdiv(head_dim, block_p), n_heads, batch](
         h, x, log_decay, B, C, y, n_heads, head_dim, d_state,
         BLOCK_P=block_p, BLOCK_N=block_n, **FUSED)
     return y
 
 
-# ---------------------------------------------------------------------------- attention
-def decode_attention_ref(q, keys, values, lengths):
-    """decode_attention by its definition: columns behind a row's end are read, and weigh 0."""
-    kind, (n_kv_heads, capacity, head_dim) = compute_dtype(q), keys.shape[1:]
-    rows = q.to(kind).unflatten(1, (n_kv_heads, -1))  # (B, K, H/K, h)
-    columns = torch.arange(capacity, device=q.device)
-    hidden = (columns >= lengths[:, None])[:, None, None]  # (B, 1, 1, T)
-    with full_precision(q):
-        scores = rows @ keys.to(kind).transpose(2, 3) * head_dim ** -0.5  # (B, K, H/K, T)
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-        weights = weights.masked_fill(hidden, 0)  # softmax gave an empty row NaN
-        return (weights @ values.to(kind)).flatten(1, 2).to(q.dtype)  # (B, H, h)
-
-
+# ---- attention ----
 @triton.jit
-def _decode_attention_kernel(q, keys, values, lengths, y, weight, stride_b, stride_k, parts,
+def _decode_attention_kernel(q, keys, values, lengths, y, weight, capacity, parts,
                              SCALE: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-                             BLOCK_G: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr,
+                             BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr,
                              WIDEN: tl.constexpr):
     """One program: a part of the used columns of a row and kv head, for its H/K query heads.
 
-    y (B, K, parts, H/K, h) is the attention to that part alone, weight (B, K, parts, H/K) the
-    base-2 logarithm of its sum of exponentials. Online softmax (Milakov & Gimelshein 2018): when a
-    higher score comes, what has been summed shrinks. Grid: parts, K, B.
+    y (B, K, parts, H/K, P) is the attention to that part alone, weight (B, K, parts, H/K) the
+    logarithm of its sum of exponentials. Online softmax (Milakov & Gimelshein 2018): when a higher
+    score comes, what has been summed shrinks. Grid: parts, K, B.
     """
-    part, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    length = tl.load(lengths + row).to(tl.int32)
+    part, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    head, length = row * tl.num_programs(1) + tl.program_id(1), tl.load(lengths + row).to(tl.int32)
     columns = tl.cdiv(tl.cdiv(length, parts), BLOCK_T) * BLOCK_T
-    start, end = part * columns, tl.minimum(part * columns + columns, length)
+    end = tl.minimum(part * columns + columns, length)
     g, t = tl.arange(0, BLOCK_G)[:, None], tl.arange(0, BLOCK_T)[:, None]  # (G, 1), (T, 1)
-    c = tl.arange(0, BLOCK_H)[None, :]  # (1, h)
-    is_g, is_c, program = g < GROUP, c < HEAD_DIM, row * tl.num_programs(1) + head
-    q_g = tl.load(q + (program * GROUP + g) * HEAD_DIM + c, mask=is_g & is_c, other=0.0)  # (G, h)
-    cache = row * stride_b + head * stride_k + c
+    c = tl.arange(0, BLOCK_P)[None, :]  # (1, P)
+    is_g, is_c = g < GROUP, c < HEAD_DIM
+    q_g = tl.load(q + (head * GROUP + g) * HEAD_DIM + c, mask=is_g & is_c, other=0.0)  # (G, P)
     top = tl.full((BLOCK_G, 1), -1e30, tl.float32)  # the highest score so far
-    total, sums = tl.zeros((BLOCK_G, 1), tl.float32), tl.zeros((BLOCK_G, BLOCK_H), tl.float32)
-    for first in range(start, end, BLOCK_T):
+    total, sums = tl.zeros((BLOCK_G, 1), tl.float32), tl.zeros((BLOCK_G, BLOCK_P), tl.float32)
+    for first in range(part * columns, end, BLOCK_T):
         column = first + t  # (T, 1)
-        place, there = cache + column * HEAD_DIM, (column < end) & is_c  # (T, h)
+        place, there = (head * capacity + column) * HEAD_DIM + c, (column < end) & is_c  # (T, P)
         k = tl.load(keys + place, mask=there, other=0.0)
         v = tl.load(values + place, mask=there, other=0.0)
-        if WIDEN:
+        if WIDEN:  # the interpreter multiplies no bfloat16
             k, v = k.to(tl.float32), v.to(tl.float32)
         scores = tl.dot(q_g.to(k.dtype), tl.trans(k), input_precision="ieee") * SCALE  # (G, T)
         scores = tl.where(tl.trans(column) < end, scores, -1e30)
         higher = tl.maximum(top, tl.max(scores, axis=1, keep_dims=True))
-        weights, keep = tl.exp2(scores - higher), tl.exp2(top - higher)  # (G, T), (G, 1)
+        weights, keep = tl.exp(scores - higher), tl.exp(top - higher)  # (G, T), (G, 1)
         total = total * keep + tl.sum(weights, axis=1, keep_dims=True)
-        sums = sums * keep + tl.dot(weights.to(v.dtype), v, input_precision="ieee")  # (G, h)
+        sums = sums * keep + tl.dot(weights.to(v.dtype), v, input_precision="ieee")  # (G, P)
         top = higher
-    out = (program * parts + part) * GROUP + g
-    tl.store(y + out * HEAD_DIM + c, sums / tl.maximum(total, 1e-30), mask=is_g & is_c)
-    tl.store(weight + out, top + tl.log2(tl.maximum(total, 1e-30)), mask=is_g)
-
-
-def _decode_attention_triton(q, keys, values, lengths):
-    batch, n_kv_heads, capacity, head_dim = keys.shape
-    group, parts = q.shape[1] // n_kv_heads, pieces(batch * n_kv_heads, capacity, q.device)
-    y = q.new_empty(batch, n_kv_heads, parts, group, head_dim, dtype=torch.float32)
-    weight = y.new_empty(y.shape[:-1])
-    block_g, block_h = (max(16, triton.next_power_of_2(size)) for size in (group, head_dim))
-    _decode_attention_kernel[parts, n_kv_heads, batch](
-        q.contiguous(), keys, values, lengths, y, weight, *keys.stride()[:2], parts,
-        SCALE=head_dim ** -0.5 * 1.4426950408889634, GROUP=group, HEAD_DIM=head_dim,
-        BLOCK_G=block_g, BLOCK_H=block_h, BLOCK_T=64,
-        WIDEN=INTERPRETED, **FUSED)  # the interpreter multiplies no bfloat16
-    if parts > 1:  # a part counts by its sum of exponentials, 2^weight
-        y = y * torch.softmax(weight * 0.6931471805599453, dim=2)[..., None]  # 2^w = e^(w ln 2)
-    return y.sum(2).flatten(1, 2).to(q.dtype)  # (B, H, h)
+    out, total = (head * parts + part) * GROUP + g, tl.maximum(total, 1e-30)
+    tl.store(y + out * HEAD_DIM + c, sums / total, mask=is_g & is_c)
+    tl.store(weight + out, top + tl.log(total), mask=is_g)
 
 
 def decode_attention(q, keys, values, lengths, backend="auto"):
-    """softmax(q k^T / sqrt(h)) v of each row's newest token over the row's first `lengths` columns.
+    """softmax(q k^T / sqrt(P)) v of each row's newest token over the row's first `lengths` columns.
 
-    q (B, H, h), keys and values (B, K, T, h), lengths (B,) integers -> (B, H, h) in q's dtype; an
+    q (B, H, P), keys and values (B, K, T, P), lengths (B,) integers -> (B, H, P) in q's dtype; an
     empty row gives 0. Query head i reads kv head i // (H / K). The kernel reads nothing behind a
-    row's end, and lengths stay on the GPU: the host does not wait. Sums are float32. backend: "ref"
-    and "torch" are the definition.
+    row's end, and the host does not wait. Sums are float32.
     """
-    check_shapes(q=(q, "B H h"), keys=(keys, "B K T h"), values=(values, "B K T h"),
+    check_shapes(q=(q, "B H P"), keys=(keys, "B K T P"), values=(values, "B K T P"),
                  lengths=(lengths, "B"))
-    if q.shape[1] % keys.shape[1]:
-        raise ValueError(f"q has {q.shape[1]} heads, expected a multiple of keys' {keys.shape[1]}")
-    plain = keys.stride() == values.stride() and keys.stride()[2:] == (q.shape[2], 1)
-    if use_triton(backend, q, keys, values, lengths, backward=False) and plain:
-        return _decode_attention_triton(q, keys, values, lengths)
-    return decode_attention_ref(q, keys, values, lengths)
+    (batch, n_kv_heads, capacity, head_dim), heads = keys.shape, q.shape[1]
+    if heads % n_kv_heads:
+        raise ValueError(f"q has {heads} heads, expected a multiple of keys' {n_kv_heads}")
+    if not use_triton(backend, q, keys, values, lengths, backward=False):
+        seen = torch.arange(capacity, device=q.device) < lengths[:, None, None, None]
+        rows, k, v = (u.to(compute_dtype(q)) for u in (q[:, :, None], keys, values))
+        with full_precision(q):  # (B, H, 1, P)
+            y = F.scaled_dot_product_attention(rows, k, v, attn_mask=seen, enable_gqa=True)
+        return y[:, :, 0].to(q.dtype)
+    group, parts = heads // n_kv_heads, pieces(batch * n_kv_heads, capacity, q.device)
+    y = q.new_empty(batch, n_kv_heads, parts, group, head_dim, dtype=torch.float32)
+    weight = y.new_empty(y.shape[:-1])
+    block_g, block_p = (max(16, triton.next_power_of_2(size)) for size in (group, head_dim))
+    _decode_attention_kernel[parts, n_kv_heads, batch](
+        q.contiguous(), keys.contiguous(), values.contiguous(), lengths, y, weight, capacity, parts,
+        SCALE=head_dim ** -0.5, GROUP=group, HEAD_DIM=head_dim,
+        BLOCK_G=block_g, BLOCK_P=block_p, BLOCK_T=64, WIDEN=INTERPRETED, **FUSED)
+    if parts > 1:  # a part counts by its sum of exponentials
+        y = y * weight.softmax(dim=2)[..., None]
+    return y.sum(2).flatten(1, 2).to(q.dtype)  # (B, H, P)
 
 
-# ---------------------------------------------------------------------------- a model for decoding
+# ---- a model for decoding ----
 PACK_FROM = 2 ** 18  # entries of a weight; below, calling oneDNN costs more than its product saves
 
 
 class Products(nn.Module):
-    """The products of one input with the weights of several Linears, computed as one.
+    """The products of one input with several weights, as one: gives the first, keeps the rest.
 
-    It stands where the first of them stood and gives its product; the others' wait in `rest`. On a
-    CPU, large weights are packed into the blocks in which oneDNN reads them: at 16 rows, 1.2 to 3.5
-    times as fast as with the plain weight.
+    On a CPU, large weights are packed into the blocks in which oneDNN reads them: at 16 rows, 1.2
+    to 3.5 times as fast.
     """
 
     def __init__(self, weights):
         super().__init__()
         self.in_features, self.sizes = weights[0].shape[1], [len(weight) for weight in weights]
-        weight = torch.cat([weight.detach() for weight in weights])
-        self.packed = is_packable(weight)
+        self.weight = torch.cat([weight.detach() for weight in weights])
+        self.packed = is_packable(self.weight)
         if self.packed:  # for 64 rows, which fits any number of them
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight, 64)
-        self.weight, self.rest = weight, None
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, 64)
 
     def forward(self, x):
-        if self.packed:
-            y = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
-        else:
-            y = F.linear(x, self.weight)
+        y = (torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+             if self.packed else F.linear(x, self.weight))
         first, *self.rest = y.split(self.sizes, dim=-1)
         return first
 
-
-class Rest(nn.Module):
-    """One of the products that a Products has computed a moment ago."""
-
-    def __init__(self, products, index):
-        super().__init__()
-        self.find, self.in_features = lambda: products.rest[index], products.in_features
-
-    def forward(self, x):
-        return self.find()
+    def give(self, index, x):
+        return self.rest[index]
 
 
 def is_packable(weight):
-    """Whether oneDNN's packed products are there for this weight, and worth it."""
+    """Whether oneDNN's packed product is there for this weight, and worth it."""
     return (weight.device.type == "cpu" and weight.numel() >= PACK_FROM
             and torch.backends.mkldnn.is_available()
             and (weight.dtype == torch.float32 or weight.dtype == torch.bfloat16
@@ -366,33 +294,29 @@ def is_packable(weight):
 
 
 @torch.inference_mode()
-def meetings(lm):
-    """Lists of the Linears (without bias) that meet the same tensor, found by running one token."""
-    met = {}  # id of a tensor -> (the tensor, kept so that its id stays its own; who met it)
-
-    def note(linear, inputs):
-        met.setdefault(id(inputs[0]), (inputs[0], []))[1].append(linear)
-    hooks = [module.register_forward_pre_hook(note) for module in lm.modules()
-             if isinstance(module, nn.Linear) and module.bias is None]
-    lm(torch.zeros(1, 1, dtype=torch.long, device=lm.device), lm.init_state(1, 1))
-    for hook in hooks:
-        hook.remove()
-    return [linears for _, linears in met.values()]
-
-
 def prepare(lm):
     """The model, ready for decoding: Linears that meet the same tensor joined, large ones packed.
 
-    In place, and for decoding only: the plain weights are given up, so it cannot be saved.
+    In place, and for decoding only: the plain weights are given up, so it cannot be saved. Which
+    Linears (without bias) meet is found by running one token.
     """
+    met = {}  # id of a tensor -> (the tensor, kept so that its id stays its own; who met it)
+
+    def note(module, inputs):
+        if isinstance(module, nn.Linear) and module.bias is None:
+            met.setdefault(id(inputs[0]), (inputs[0], []))[1].append(module)
+    hook = nn.modules.module.register_module_forward_pre_hook(note)
+    lm(torch.zeros(1, 1, dtype=torch.long, device=lm.device), lm.init_state(1, 1))
+    hook.remove()
     place = {child: (parent, name) for parent in lm.modules()
              for name, child in parent.named_children()}
-    for linears in meetings(lm):
-        if len(linears) > 1 or is_packable(linears[0].weight):
-            products = Products([linear.weight for linear in linears])
-            swapped = [products, *(Rest(products, i) for i in range(len(linears) - 1))]
-            for linear, module in zip(linears, swapped):
-                setattr(*place[linear], module)
+    for _, (first, *others) in met.values():
+        if others or is_packable(first.weight):
+            products = Products([linear.weight for linear in (first, *others)])
+            setattr(*place[first], products)
+            for i, (parent, name) in enumerate(place[linear] for linear in others):
+                delattr(parent, name)  # a module gives way to a module only
+                setattr(parent, name, partial(products.give, i))
     table = lm.model.embed_tokens.weight  # a tied head is no Linear
     if lm.config.tie_embeddings and is_packable(table) and "head" not in vars(lm):
         head = Products([table])

@@ -1,6 +1,5 @@
 """decode_kernels.py: token by token is the whole sequence, attention reads what it may, and all
 kernels, those of kernels.py too, compile for GPUs."""
-import math
 import os
 import re
 import subprocess
@@ -13,11 +12,11 @@ import torch
 import decode_kernels
 import kernels
 from conftest import ROOT, assert_close
-from test_kernels import (BACKENDS, DEVICE, OPTIONS, TIMED, cast, conv_inputs, double, drawer, part,
-                          scan_inputs, ssd_inputs)
+from test_kernels import (BACKENDS, DEVICE, OPTIONS, TIMED, TRITON, assert_same, cast, conv_inputs,
+                          double, drawer, part, scan_inputs, ssd_inputs)
 
 
-# ---------------------------------------------------------------------------- steps
+# ---- steps ----
 def run_steps(step, state, inputs, **settings):
     """y of all steps, and the state; it changes in place: the same memory, step after step."""
     state, length = state.clone(), inputs["x"].shape[1]
@@ -33,21 +32,18 @@ def run_steps(step, state, inputs, **settings):
     (6, 5, 2), (4, 16, 1), (3, 1, 3), (2, 256, 1)])
 def test_selective_step_token_by_token_is_the_scan(d_inner, d_state, groups, options, backend):
     inputs = scan_inputs(2, 3, d_inner, d_state, groups, options)
-    y, h = kernels.selective_scan_ref(**double(inputs), dt_softplus=True)
-    h0 = inputs.get("h0", torch.zeros_like(h, dtype=torch.float32))
-    found = run_steps(kernels.selective_step, h0, inputs, dt_softplus=True, backend=backend)
-    assert_close(found[0], y)
-    assert_close(found[1], h)
+    wanted = kernels.selective_scan_ref(**double(inputs), dt_softplus=True)
+    h0 = inputs.get("h0", torch.zeros_like(wanted[1], dtype=torch.float32))
+    assert_same(run_steps(kernels.selective_step, h0, inputs, dt_softplus=True, backend=backend),
+                wanted)
 
 
 @BACKENDS
 @pytest.mark.parametrize("head_dim, d_state", [(3, 5), (64, 64), (1, 1)])
 def test_ssd_step_token_by_token_is_ssd(head_dim, d_state, backend):
     inputs = ssd_inputs(2, 3, 2, head_dim, d_state)
-    y, h = kernels.ssd_ref(**double(inputs))
-    found = run_steps(kernels.ssd_step, inputs["h0"], inputs, backend=backend)
-    assert_close(found[0], y)
-    assert_close(found[1], h)
+    assert_same(run_steps(kernels.ssd_step, inputs["h0"], inputs, backend=backend),
+                kernels.ssd_ref(**double(inputs)))
 
 
 @BACKENDS
@@ -68,9 +64,9 @@ def test_a_half_precision_state_is_rounded_once_a_step(step, backend):
     """One step from a bfloat16 state is the float32 step from the same numbers, rounded at its end,
     by 2^-7 of a number at most (the interpreter cuts digits off)."""
     inputs = scan_inputs(2, 1) if step == "selective_step" else ssd_inputs(2, 1)
-    half = inputs["h0"].bfloat16()
-    y, h = run_steps(getattr(kernels, step), half, inputs, backend=backend)
-    wanted_y, wanted_h = run_steps(getattr(kernels, step), half.float(), inputs, backend=backend)
+    half, step = inputs["h0"].bfloat16(), getattr(kernels, step)
+    y, h = run_steps(step, half, inputs, backend=backend)
+    wanted_y, wanted_h = run_steps(step, half.float(), inputs, backend=backend)
     assert h.dtype == torch.bfloat16 and y.dtype == torch.float32
     assert_close(y, wanted_y)
     assert ((h.float() - wanted_h).abs() <= 2 ** -7 * wanted_h.abs() + 1e-6).all()
@@ -87,6 +83,18 @@ def test_a_step_leaves_padding_out_exactly(backend):
     assert torch.equal(h, heads["h0"])
 
 
+@BACKENDS
+@pytest.mark.parametrize("dt", [-30.0, -12.0, 19.9, 20.1, 60.0])
+def test_softplus_keeps_its_digits_at_both_ends(dt, backend):
+    """Red for log(1 + e^u), which at u = -12 is off by 1e-3 of itself."""
+    inputs = scan_inputs(1, 1, 2, 2, 1, options=())
+    for name, value in (("dt", dt), ("A", -1e-6), ("B", 1)):
+        inputs[name][:] = value
+    _, wanted = kernels.selective_scan_ref(**double(inputs), dt_softplus=True)
+    assert_close(run_steps(kernels.selective_step, torch.zeros_like(wanted).float(), inputs,
+                           dt_softplus=True, backend=backend)[1], wanted)
+
+
 def test_steps_run_where_gradients_are_recorded():
     """Decoding needs no torch.no_grad. Red where a view that autograd guards is written to."""
     scan, heads, conv = scan_inputs(2, 1), ssd_inputs(2, 1), conv_inputs(2, 1, dtype=torch.float32)
@@ -98,7 +106,7 @@ def test_steps_run_where_gradients_are_recorded():
         assert y[1].requires_grad and state.isfinite().all()
 
 
-# ---------------------------------------------------------------------------- attention to a cache
+# ---- attention to a cache ----
 def attention_inputs(lengths, heads=4, kv_heads=2, capacity=9, head_dim=8, dtype=torch.float32):
     """Random caches; what lies behind a row's end is large, so that a glance at it shows."""
     draw, cache = drawer(torch.float32), (len(lengths), kv_heads, capacity, head_dim)
@@ -110,51 +118,43 @@ def attention_inputs(lengths, heads=4, kv_heads=2, capacity=9, head_dim=8, dtype
 
 
 def attention_loop(q, keys, values, lengths):
-    """One row, head and column at a time, in float64."""
+    """One row and head at a time, in float64; an empty row gives 0."""
     q, keys, values = q.double(), keys.double(), values.double()
     y, group = torch.zeros_like(q), q.shape[1] // keys.shape[1]
     for row, length in enumerate(lengths.tolist()):
         for head in range(q.shape[1]):
-            k, v = keys[row, head // group, :length], values[row, head // group]
-            weights = [math.exp(q[row, head] @ k_t / q.shape[2] ** 0.5) for k_t in k]
-            for t in range(length):
-                y[row, head] += weights[t] / sum(weights) * v[t]
+            k, v = (u[row, head // group, :length] for u in (keys, values))
+            weights = torch.exp(k @ q[row, head] / q.shape[2] ** 0.5)
+            y[row, head] = weights @ v / weights.sum() if length else 0
     return y
 
 
-@BACKENDS
-@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (6, 1)])
-def test_decode_attention_is_its_definition(heads, kv_heads, backend):
-    """An empty row gives 0, a full one reads all columns, none reads behind its end."""
-    inputs = attention_inputs([0, 1, 9, 4], heads, kv_heads)
-    found = decode_kernels.decode_attention(**inputs, backend=backend)
-    assert_close(found, attention_loop(**inputs))
-
-
 @pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend, dtype", [
+    ("torch", torch.float32), pytest.param("triton", torch.float32, marks=TRITON.marks),
+    pytest.param("triton", torch.bfloat16, marks=TRITON.marks)])
 @pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 4, 64), (6, 2, 20), (18, 1, 8)])
-def test_decode_attention_in_blocks_and_parts(heads, kv_heads, head_dim, dtype, parts, monkeypatch):
+def test_decode_attention_is_its_definition(heads, kv_heads, head_dim, backend, dtype, parts,
+                                            monkeypatch):
     """Rows around a block of 64 columns, in one part or three, of which some are empty; sizes that
     fill a tile and that don't. A batch that has shrunk is the first rows of its tensors."""
-    pytest.importorskip("triton")
     monkeypatch.setattr(decode_kernels, "pieces", lambda programs, length, device: parts)
     inputs = attention_inputs([0, 1, 63, 64, 65, 130, 9], heads, kv_heads, 130, head_dim, dtype)
     inputs = {name: u[:6] for name, u in inputs.items()}
-    doubled = cast(inputs, torch.float64, ("q", "keys", "values"))
-    wanted = decode_kernels.decode_attention_ref(**doubled)
-    for row, length in enumerate(inputs["lengths"].tolist()):
-        inputs["values"][row, :, length:] = torch.nan  # the kernel does not even read it
-    found = decode_kernels.decode_attention(**inputs, backend="triton")
+    wanted = attention_loop(**inputs)
+    if backend == "triton":
+        for row, length in enumerate(inputs["lengths"].tolist()):
+            inputs["values"][row, :, length:] = torch.nan  # the kernel does not even read it
+    found = decode_kernels.decode_attention(**inputs, backend=backend)
     assert found.dtype == dtype
     assert_close(found, wanted)
 
 
 def test_decode_attention_computes_in_float32_under_autocast():
     inputs = attention_inputs([5, 9])
-    wanted = decode_kernels.decode_attention_ref(**inputs)
+    wanted = decode_kernels.decode_attention(**inputs)
     with torch.autocast(DEVICE, torch.bfloat16):
-        assert torch.equal(decode_kernels.decode_attention_ref(**inputs), wanted)
+        assert torch.equal(decode_kernels.decode_attention(**inputs), wanted)
 
 
 @pytest.mark.parametrize("name, shape, message", [
@@ -166,7 +166,7 @@ def test_decode_attention_names_the_tensor_of_wrong_shape(name, shape, message):
         decode_kernels.decode_attention(**inputs)
 
 
-# ---------------------------------------------------------------------------- which backend
+# ---- which backend ----
 SCAN_BY_NAME = """
 import torch, kernels
 x, n = torch.ones(1, 3, 2), torch.ones(1, 3, 1, 2)
@@ -191,6 +191,12 @@ def test_asked_for_by_name_triton_says_in_one_line_why_it_cannot_run(before, mes
     assert len(lines) == 2 and lines[0] == "tensor(True)" and message in lines[1]
 
 
+def test_float64_is_refused_by_triton():
+    pytest.importorskip("triton")
+    with pytest.raises(ValueError, match="float64"):
+        kernels.selective_scan(**double(scan_inputs()), backend="triton")
+
+
 def test_auto_takes_triton_on_gpus_only_and_leaves_gradients_of_steps_to_pytorch():
     on_cpu = torch.zeros(1)
     assert not decode_kernels.use_triton("auto", on_cpu)
@@ -203,7 +209,7 @@ def test_auto_takes_triton_on_gpus_only_and_leaves_gradients_of_steps_to_pytorch
             assert decode_kernels.use_triton("auto", u, backward=False)
 
 
-# ---------------------------------------------------------------------------- ahead of time
+# ---- ahead of time ----
 # Bytes that a kernel may spill: (major and minor version of Triton, dtype, N, kernel) -> at most.
 SPILLS = {("3.6", "float32", 16, "_scan_backward_kernel"): 32}
 

@@ -4,8 +4,8 @@ Triton runs on a GPU where there is one, elsewhere interpreted on the CPU (conft
 TRITON_INTERPRET), which checks its logic, not races or speed.
 """
 import itertools
-import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -13,17 +13,18 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 import kernels
-from conftest import ROOT, assert_close
+from conftest import assert_close
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPTIONS = ("D", "z", "dt_bias", "h0")
 TIMED = ("x", "dt", "z", "B", "C", "log_decay")  # what has a time axis
+HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 TRITON = pytest.param("triton", marks=pytest.mark.skipif(
     kernels.decode_kernels.INTERPRETED is None, reason="Triton is not installed"))
 BACKENDS = pytest.mark.parametrize("backend", ["torch", TRITON])
 
 
-# ---------------------------------------------------------------------------- helpers
+# ---- helpers ----
 def drawer(dtype):
     """draw(*shape): normal numbers, the same in every dtype and on every device."""
     seed, kind = torch.Generator().manual_seed(0), torch.float64
@@ -90,6 +91,7 @@ def results(function, inputs, use=("y", "h"), **settings):
 
 
 def assert_same(found, wanted, dtype=None):
+    found, wanted = (u if isinstance(u, dict) else dict(zip("yh", u)) for u in (found, wanted))
     assert found.keys() == wanted.keys()
     for name, u in found.items():
         assert u.shape == wanted[name].shape and u.isfinite().all(), name
@@ -105,7 +107,7 @@ def assert_scan_is_the_loop(inputs, backend, dt_softplus=True, **settings):
     assert_same(found, results(kernels.selective_scan_ref, double(inputs), **settings))
 
 
-# ---------------------------------------------------------------------------- the loops
+# ---- the loops ----
 def test_scan_loop_equals_hand_computed_numbers():
     """Two steps of one channel and state by hand: what all is compared with is right."""
     tensor = lambda *values: torch.tensor(values, dtype=torch.float64)
@@ -125,10 +127,9 @@ def test_ssd_loop_is_the_selective_scan_with_one_decay_for_a_head():
     inputs["log_decay"][:] = inputs["log_decay"][:1, :1].clone()
     y, h = kernels.ssd_ref(**inputs)
     x, A = inputs["x"].flatten(2), inputs["log_decay"][0, 0].repeat_interleave(3)  # (B, L, D), (D,)
-    A = A[:, None].expand(6, 5)  # (D, N)
-    y_scan, h_scan = kernels.selective_scan_ref(x, torch.ones_like(x), A, inputs["B"], inputs["C"])
-    assert_close(y.flatten(2), y_scan)
-    assert_close(h.flatten(1, 2), h_scan)
+    wanted = kernels.selective_scan_ref(x, torch.ones_like(x), A[:, None].expand(6, 5), inputs["B"],
+                                        inputs["C"])
+    assert_same((y.flatten(2), h.flatten(1, 2)), wanted)
 
 
 @pytest.mark.parametrize("backend", ["ref", "torch"])
@@ -136,20 +137,17 @@ def test_gradcheck(backend, monkeypatch):
     """All gradients against finite differences, over two and a half chunks; no code of ours."""
     monkeypatch.setattr(kernels, "CHUNK", 2)
     scan, heads = double(scan_inputs(1, 5, 4, 3)), double(ssd_inputs(1, 5, 2, 2, 3))
-    for function, inputs in ((kernels.selective_scan, scan), (kernels.ssd, heads)):
-        settings = dict(dt_softplus=True) if inputs is scan else dict(chunk=2)
-        call = lambda *tensors: function(**dict(zip(inputs, tensors)), **settings, backend=backend)
-        assert gradcheck(call, [u.requires_grad_() for u in inputs.values()])
+    conv, matrix = conv_inputs(2, 5, 2), part(heads, slice(None))
+    del matrix["x"]
+    for function, inputs in (
+            (partial(kernels.selective_scan, dt_softplus=True, backend=backend), scan),
+            (partial(kernels.ssd, chunk=2, backend=backend), heads),
+            (kernels.mixing_matrix, matrix), (kernels.causal_conv, conv)):
+        assert gradcheck(lambda *tensors: function(**dict(zip(inputs, tensors))),
+                         [u.requires_grad_() for u in inputs.values()])
 
 
-def test_gradcheck_of_the_mixing_matrix_and_the_convolution():
-    heads, conv = double(ssd_inputs(1, 5, 2, 2, 3)), conv_inputs(2, 5, 2)
-    tensors = [heads[name].requires_grad_() for name in ("log_decay", "B", "C")]
-    assert gradcheck(kernels.mixing_matrix, tensors)
-    assert gradcheck(kernels.causal_conv, [u.requires_grad_() for u in conv.values()])
-
-
-# ---------------------------------------------------------------------------- selective scan
+# ---- selective scan ----
 @BACKENDS
 @pytest.mark.parametrize("dt_softplus", [False, True])
 @pytest.mark.parametrize("options", [
@@ -170,15 +168,16 @@ def test_scan_of_odd_shapes(length, d_inner, d_state, groups, backend):
     assert_scan_is_the_loop(scan_inputs(1, length, d_inner, d_state, groups), backend)
 
 
-@pytest.mark.parametrize("options", [(), OPTIONS])
-def test_scan_in_segments(options, monkeypatch):
-    """Three segments joined are the whole; the last is short. For two, which gain nothing: one."""
+@pytest.mark.parametrize("asked, length, calls", [(2, 20, 1), (3, 21, 2), (5, 9, 2)])
+def test_scan_in_segments(asked, length, calls, monkeypatch):
+    """Three segments joined are the whole: scanned twice. As many as divide L, but not two."""
     pytest.importorskip("triton")
-    inputs = scan_inputs(2, 20, 4, 3, 1, options)
-    for asked, taken in ((2, 1), (3, 3)):
-        monkeypatch.setattr(kernels, "pieces", lambda programs, length, device: asked)
-        assert kernels.scan_plan(inputs["x"], inputs["A"].t(), 1, None)[0][1] == taken
-    assert_scan_is_the_loop(inputs, "triton")
+    called, apply = [], kernels._TritonScan.apply
+    monkeypatch.setattr(kernels._TritonScan, "apply",
+                        lambda *tensors: called.append(tensors) or apply(*tensors))
+    monkeypatch.setattr(kernels, "pieces", lambda programs, length, device: asked)
+    assert_scan_is_the_loop(scan_inputs(2, length, 4, 3, 1), "triton")
+    assert len(called) == calls
 
 
 @BACKENDS
@@ -213,7 +212,7 @@ def test_scan_leaves_padding_out_exactly(backend):
 
 
 @BACKENDS
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@HALVES
 def test_scan_computes_low_precision_inputs_in_float32(dtype, backend):
     """Activations in half precision, the rest in float32, as a model under autocast has them."""
     inputs = cast(scan_inputs(1, 18), dtype, TIMED)
@@ -225,28 +224,6 @@ def test_scan_computes_low_precision_inputs_in_float32(dtype, backend):
     assert_close(found["h"], wanted["h"])  # only what is returned in half precision is rounded
 
 
-def test_scan_is_accurate_over_4096_steps():
-    """Red if decays are multiplied up over the sequence."""
-    inputs = scan_inputs(1, 4096, 4, 4, options=("h0",))
-    inputs |= {"A": inputs["A"] / 2, "dt": inputs["dt"] / 50}
-    found = kernels.selective_scan(**inputs)
-    wanted = kernels.selective_scan_ref(**double(inputs))
-    assert_same(dict(zip("yh", found)), dict(zip("yh", wanted)))
-
-
-@BACKENDS
-def test_scan_of_two_halves_is_the_scan_of_the_whole(backend):
-    """Red if h0 is ignored, or enters after the first decay."""
-    inputs = scan_inputs(2, 20)
-    scan = lambda **inputs: kernels.selective_scan(**inputs, backend=backend)
-    y, h_end = scan(**inputs)
-    for split in (1, 13):
-        first, h = scan(**part(inputs, slice(split)), h0=inputs["h0"])
-        second, h = scan(**part(inputs, slice(split, None)), h0=h)
-        assert_close(torch.cat([first, second], dim=1), y)
-        assert_close(h, h_end)
-
-
 @BACKENDS
 def test_scan_takes_strided_inputs_leaves_them_alone_and_repeats_bit_for_bit(backend):
     """A slice of a wider projection is not contiguous. Atomics would not add in a fixed order."""
@@ -255,8 +232,7 @@ def test_scan_takes_strided_inputs_leaves_them_alone_and_repeats_bit_for_bit(bac
     assert not wide["x"].is_contiguous()
     settings = dict(dt_softplus=True, backend=backend)
     first, second = (results(kernels.selective_scan, inputs, **settings) for _ in range(2))
-    y, h = kernels.selective_scan(**wide, **settings)
-    assert_same({"y": y, "h": h}, {"y": first["y"], "h": first["h"]})
+    assert_same(kernels.selective_scan(**wide, **settings), (first["y"], first["h"]))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(torch.equal(u, inputs[name]) for name, u in wide.items())
 
@@ -275,36 +251,11 @@ def test_scan_keeps_a_sixteenth_of_the_states():
     inputs = scan_inputs(2, 256, 32, 64, 1, ("h0",))
     inputs = {name: u.requires_grad_() for name, u in inputs.items()}
     states = 4 * 2 * 256 * 32 * 64
-    assert kernels.bytes_kept(kernels.scan_rung("ref"), inputs) > 2 * states
-    assert kernels.bytes_kept(kernels.scan_rung("torch"), inputs) < states / 5
+    assert kernels.bytes_kept(kernels.selective_scan_ref, inputs) > 2 * states
+    assert kernels.bytes_kept(partial(kernels.selective_scan, backend="torch"), inputs) < states / 5
 
 
-def test_triton_keeps_no_states_where_no_gradient_is_recorded(monkeypatch):
-    pytest.importorskip("triton")
-    inputs, recorded = scan_inputs(1, 2), []
-    apply = kernels._TritonScan.apply
-    monkeypatch.setattr(kernels._TritonScan, "apply",
-                        lambda *args: recorded.append(args[-1]) or apply(*args))
-    kernels.selective_scan(**inputs, backend="triton")
-    inputs["x"].requires_grad_()
-    kernels.selective_scan(**inputs, backend="triton")
-    with torch.no_grad():
-        kernels.selective_scan(**inputs, backend="triton")
-    assert recorded == [False, True, False]
-
-
-@pytest.mark.parametrize("dt", [-30.0, -12.0, 19.9, 20.1, 60.0])
-def test_triton_softplus_keeps_its_digits_at_both_ends(dt):
-    """Red for log(1 + e^u), which at u = -12 is off by 1e-3 of itself."""
-    pytest.importorskip("triton")
-    inputs = scan_inputs(1, 2, 2, 2, 1, options=())
-    for name, value in (("dt", dt), ("A", -1e-6), ("B", 1)):
-        inputs[name][:] = value
-    _, found = kernels.selective_scan(**inputs, dt_softplus=True, backend="triton")
-    assert_close(found, kernels.selective_scan_ref(**double(inputs), dt_softplus=True)[1])
-
-
-# ---------------------------------------------------------------------------- SSD
+# ---- SSD ----
 @pytest.mark.parametrize("length, chunk", [(1, 64), (5, 64), (16, 16), (17, 16), (40, 16), (20, 1)])
 @pytest.mark.parametrize("h0", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -346,8 +297,7 @@ def test_ssd_and_its_matrix_with_extreme_decay(value):
     inputs = ssd_inputs(length=40)
     inputs["log_decay"] = torch.full_like(inputs["log_decay"], value)
     found = results(kernels.ssd, inputs)
-    y, h = kernels.ssd_ref(**double(inputs))
-    assert_same({"y": found["y"], "h": found["h"]}, {"y": y, "h": h})
+    assert_same((found["y"], found["h"]), kernels.ssd_ref(**double(inputs)))
     log_decay = inputs["log_decay"].requires_grad_()
     T = kernels.mixing_matrix(log_decay, inputs["B"], inputs["C"])
     gradient = torch.autograd.grad(T.sum(), log_decay)[0]
@@ -363,46 +313,41 @@ def test_ssd_leaves_padding_out():
         assert_same(unpad(found, 21), wanted)
 
 
-def test_ssd_is_accurate_over_4096_steps():
-    inputs = ssd_inputs(1, 4096, 1)
-    inputs["log_decay"] = inputs["log_decay"] / 100
-    found, wanted = kernels.ssd(**inputs), kernels.ssd_ref(**double(inputs))
-    assert_same(dict(zip("yh", found)), dict(zip("yh", wanted)))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@HALVES
 def test_ssd_of_low_precision_inputs(dtype):
-    """y in x's dtype, h float32; sums are float32, on a GPU with products in half precision too."""
+    """y in x's dtype, h float32; sums are float32."""
     inputs = cast(ssd_inputs(length=100, head_dim=16, d_state=16), dtype, TIMED)
-    wanted = results(kernels.ssd_ref, double(inputs))
-    found = results(kernels.ssd, inputs, chunk=32)
+    found, wanted = results(kernels.ssd, inputs, chunk=32), results(kernels.ssd_ref, double(inputs))
     assert found["y"].dtype == found["grad of x"].dtype == dtype
     assert found["h"].dtype == torch.float32
     assert_same(found, wanted, dtype)
-    half = lambda x, log_decay, B, C, h0: kernels.ssd_chunks(
-        *(u.float() for u in (x, log_decay, B, C, h0)), 32, kernels.half_product(dtype))
-    assert_same(results(half, inputs), wanted, dtype)
+    assert_close(found["h"], wanted["h"])
 
 
-def test_products_of_half_precision_factors_keep_a_float32_sum():
-    """Red if the sum is rounded to the factors' dtype, as `a @ b` would."""
-    a, b = drawer(torch.bfloat16)(2, 3, 5, 70), drawer(torch.bfloat16)(2, 3, 70, 4)
-    found = kernels.bmm_float32(a, b)
-    assert found.dtype == torch.float32
-    assert_close(found, a.double() @ b.double())
+# ---- both ----
+def test_4096_steps_are_accurate():
+    """Red if decays are multiplied up over the sequence."""
+    scan, heads = scan_inputs(1, 4096, 4, 4, options=("h0",)), ssd_inputs(1, 4096, 1)
+    scan |= {"A": scan["A"] / 2, "dt": scan["dt"] / 50}
+    heads["log_decay"] = heads["log_decay"] / 100
+    for function, ref, inputs in ((kernels.selective_scan, kernels.selective_scan_ref, scan),
+                                  (kernels.ssd, kernels.ssd_ref, heads)):
+        assert_same(function(**inputs), ref(**double(inputs)))
 
 
-def test_ssd_of_two_halves_is_the_whole_and_repeats_bit_for_bit():
-    inputs = ssd_inputs(length=40)
-    y, h_end = kernels.ssd(**inputs, chunk=16)
-    first, h = kernels.ssd(**part(inputs, slice(13)), h0=inputs["h0"], chunk=16)
-    second, h = kernels.ssd(**part(inputs, slice(13, None)), h0=h, chunk=16)
-    assert_close(torch.cat([first, second], dim=1), y)
-    assert_close(h, h_end)
-    assert all(torch.equal(a, b) for a, b in zip(kernels.ssd(**inputs, chunk=16), (y, h_end)))
+@pytest.mark.parametrize("split", [1, 13])
+@pytest.mark.parametrize("function, inputs", [
+    (kernels.selective_scan, scan_inputs(2)),
+    pytest.param(partial(kernels.selective_scan, backend="triton"), scan_inputs(2),
+                 marks=TRITON.marks), (partial(kernels.ssd, chunk=16), ssd_inputs())])
+def test_two_halves_are_the_whole(function, inputs, split):
+    """Red if h0 is ignored, or enters after the first decay."""
+    first, h = function(**part(inputs, slice(split)), h0=inputs["h0"])
+    second, h = function(**part(inputs, slice(split, None)), h0=h)
+    assert_same((torch.cat([first, second], dim=1), h), function(**inputs))
 
 
-# ---------------------------------------------------------------------------- convolution
+# ---- convolution ----
 def conv_loop(x, weight, bias, past):
     """The definition, one output at a time."""
     inputs, width = torch.cat([past, x], dim=1), weight.shape[2]
@@ -416,12 +361,8 @@ def test_causal_conv_is_its_definition(length, width):
     """Values, past and gradients, also where L is less than the window. Red if taps are flipped."""
     inputs = conv_inputs(length=length, width=width)
     assert_same(results(kernels.causal_conv, inputs), results(conv_loop, inputs))
-
-
-def test_causal_conv_without_a_past_is_conv1d_behind_zeros():
-    x, weight, bias = list(conv_inputs().values())[:3]
-    wanted = F.conv1d(F.pad(x.transpose(1, 2), (3, 0)), weight, bias, groups=5).transpose(1, 2)
-    assert_close(kernels.causal_conv(x, weight, bias)[0], wanted)
+    past = torch.zeros_like(inputs.pop("past"))  # without a past: behind zeros
+    assert_same(kernels.causal_conv(**inputs), conv_loop(**inputs, past=past))
 
 
 def test_causal_conv_takes_each_row_at_its_own_end():
@@ -435,7 +376,7 @@ def test_causal_conv_takes_each_row_at_its_own_end():
         assert torch.equal(ends[row], alone[0])
 
 
-# ---------------------------------------------------------------------------- precision, errors
+# ---- precision, errors ----
 def test_autocast_changes_nothing():
     """Red if a matrix product of ours runs in bfloat16."""
     scan, heads, conv = scan_inputs(), ssd_inputs(), conv_inputs(dtype=torch.float32)
@@ -453,91 +394,55 @@ def test_autocast_changes_nothing():
         assert all(torch.equal(a, b) for a, b in zip(everything(), wanted))
 
 
-@pytest.mark.parametrize("name, shape, message", [
-    ("x", (2, 20), r"x has shape \(2, 20\), expected \(B, L, D\)"),
-    ("x", (1, 0, 6), r"x has shape \(1, 0, 6\), expected \(1, 1 or more, 6\)"),
-    ("dt", (1, 20, 1), r"dt has shape \(1, 20, 1\), expected \(1, 20, 6\) = \(B, L, D\)"),
-    ("A", (5, 6), r"A has shape \(5, 6\)"), ("B", (1, 20, 5), r"B has shape \(1, 20, 5\), exp"),
-    ("C", (1, 20, 3, 5), r"C has shape \(1, 20, 3, 5\), expected \(1, 20, 2, 5\) = \(B, L, G, N\)"),
-    ("D", (1,), r"D has shape \(1,\), expected \(6\)"), ("z", (1, 1, 6), "z has shape"),
-    ("dt_bias", (5,), r"dt_bias has shape \(5,\)"), ("h0", (1, 5, 6), r"h0 has shape \(1, 5, 6\)")])
-@pytest.mark.parametrize("function", [kernels.selective_scan, kernels.selective_scan_ref])
-def test_scan_names_the_tensor_of_wrong_shape(function, name, shape, message):
-    """One line with the tensor, its shape and the expected one, not a broadcast unnoticed."""
+@pytest.mark.parametrize("function, inputs, name, wrong, message", [
+    (kernels.selective_scan, scan_inputs, *row) for row in (
+        ("x", (2, 20), r"x has shape \(2, 20\), expected \(B, L, D\)"),
+        ("x", (1, 0, 6), r"x has shape \(1, 0, 6\), expected \(1, 1 or more, 6\)"),
+        ("dt", (1, 20, 1), r"dt has shape \(1, 20, 1\), expected \(1, 20, 6\) = \(B, L, D\)"),
+        ("A", (5, 6), r"A has shape \(5, 6\)"), ("B", (1, 20, 5), r"B has shape \(1, 20, 5\)"),
+        ("B", (1, 20, 4, 5), "C has shape"), ("C", (1, 20, 3, 5), r"C .* expected \(1, 20, 2, 5\)"),
+        ("D", (1,), r"D has shape \(1,\), expected \(6\)"), ("z", (1, 1, 6), "z has shape"),
+        ("dt_bias", (5,), "dt_bias has shape"), ("h0", (1, 5, 6), r"h0 has shape \(1, 5, 6\)"),
+        ("backend", "cuda", "backend is 'cuda', expected"))] + [
+    (kernels.ssd, ssd_inputs, *row) for row in (
+        ("log_decay", (2, 20), "log_decay has shape"), ("h0", (2, 2, 5, 3), "h0 has shape"),
+        ("backend", "triton", "backend is 'triton'"), ("chunk", 0, "chunk is 0"))] + [
+    (kernels.causal_conv, conv_inputs, *row) for row in (
+        ("weight", (5, 4), r"weight has shape \(5, 4\), expected \(5, 1, W\)"),
+        ("past", (2, 5, 3), r"past has shape \(2, 5, 3\), expected \(2, 3, 5\)"),
+        ("counts", (3,), "counts has shape"))])
+def test_a_wrong_argument_is_named_in_one_line(function, inputs, name, wrong, message):
+    """The tensor, its shape and the expected one, not a broadcast unnoticed."""
+    wrong = torch.zeros(wrong, device=DEVICE) if isinstance(wrong, tuple) else wrong
     with pytest.raises(ValueError, match=message) as error:
-        function(**scan_inputs() | {name: torch.zeros(shape, device=DEVICE)})
+        function(**inputs() | {name: wrong})
     assert "\n" not in str(error.value)
 
 
-def test_float64_is_refused_by_triton():
-    pytest.importorskip("triton")
-    with pytest.raises(ValueError, match="float64"):
-        kernels.selective_scan(**double(scan_inputs()), backend="triton")
+def test_groups_must_divide_the_channels():
+    with pytest.raises(ValueError, match="4 groups, expected a divisor of 6 channels"):
+        kernels.selective_scan(**scan_inputs() | dict.fromkeys("BC", torch.zeros(1, 20, 4, 5)))
 
 
-def test_other_wrong_arguments_are_named():
-    scan, heads, conv = scan_inputs(), ssd_inputs(), conv_inputs()
-    zeros = lambda *shape: torch.zeros(shape, device=DEVICE)
-    for function, message, wrong in (
-            (kernels.selective_scan, "4 groups, expected a divisor of 6 channels",
-             scan | {"B": zeros(1, 20, 4, 5), "C": zeros(1, 20, 4, 5)}),
-            (kernels.selective_scan, "backend is 'cuda', expected one", scan | {"backend": "cuda"}),
-            (kernels.ssd, "backend is 'triton'", heads | {"backend": "triton"}),
-            (kernels.ssd, "backend is 'cuda'", heads | {"backend": "cuda"}),
-            (kernels.ssd, "chunk is 0", heads | {"chunk": 0}),
-            (kernels.ssd_ref, "log_decay has shape", heads | {"log_decay": zeros(2, 20)}),
-            (kernels.ssd, "h0 has shape", heads | {"h0": zeros(2, 2, 5, 3)}),
-            (kernels.causal_conv, r"weight has shape \(5, 4\), expected \(5, 1, W\)",
-             conv | {"weight": zeros(5, 4)}),
-            (kernels.causal_conv, r"past has shape \(2, 5, 3\), expected \(2, 3, 5\)",
-             conv | {"past": zeros(2, 5, 3)}),
-            (kernels.causal_conv, "counts has shape", conv | {"counts": zeros(3)})):
-        with pytest.raises(ValueError, match=message):
-            function(**wrong)
+# ---- the script ----
+def run_script(monkeypatch, *options):
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--length", "20", "--channels", "32", *options])
+    kernels.main()
 
 
-@pytest.fixture
-def script(monkeypatch, capsys):
-    """script(options) -> exit code, lines printed, lines of errors."""
-    def run(*options):
-        monkeypatch.setattr(sys, "argv", ["kernels.py", *options])
-        with pytest.raises(SystemExit) as end:
-            sys.exit(kernels.main())
-        printed = capsys.readouterr()
-        message = [end.value.code] if isinstance(end.value.code, str) else printed.err.splitlines()
-        return end.value.code, printed.out.splitlines(), message
-    return run
-
-
-SMALL = ("--length", "20", "--channels", "32", "--batch", "1", "--states", "3")
-
-
-def test_the_script_checks_every_rung_and_prints_what_it_costs(script):
-    """Under the interpreter the Triton rungs are checked too; on a GPU all are timed as well."""
-    code, lines, _ = script(*SMALL)
-    assert code is None
-    assert [line.split()[0] for line in lines[2:]] == ["selective_scan"] * 4 + ["ssd"] * 3
-    assert [line.split()[1] for line in lines[2:]] == ["1", "3", "4,", "6", "1", "2", "3"]
-
-
-@pytest.mark.parametrize("option", ["--batch", "--length", "--channels", "--states"])
-def test_the_script_refuses_a_size_of_zero_in_one_line(option, script):
-    code, _, message = script(option, "0")
-    assert code == 2 and len(message) == 1 and f"{option}: '0' is not a whole number" in message[0]
+def test_the_script_checks_every_rung_and_prints_what_it_costs(monkeypatch, capsys):
+    run_script(monkeypatch)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [line[:2] for line in lines] == [
+        [name, rung] for name, rungs in (("selective_scan", ("1", "3", "4-6")),
+                                         ("ssd", ("1", "2", "3"))) for rung in rungs]
+    costs = [float(cell) for line in lines for cell in line[-3:] if line[1] != "4-6"]
+    assert len(costs) == 15 and DEVICE == "cuda" or lines[2][-3:] == ["needs", "a", "GPU"]
 
 
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
-def test_the_script_ends_in_one_line_where_a_rung_is_wrong(factor, script, monkeypatch):
+def test_the_script_ends_in_one_line_where_a_rung_is_wrong(factor, monkeypatch):
     right = kernels.ssd_chunks
     monkeypatch.setattr(kernels, "ssd_chunks", lambda *args: (factor * right(*args)[0], None))
-    monkeypatch.setattr(kernels.decode_kernels, "INTERPRETED", False)  # no slow rungs on a CPU
-    code, lines, message = script(*SMALL)
-    assert len(message) == 1 and "ssd, rung 3 chunks, is off by" in message[0]
-    assert code not in (0, None)
-    assert DEVICE == "cuda" or sum("needs a GPU" in line for line in lines) == 2
-
-
-def test_importing_prints_and_starts_nothing():
-    done = subprocess.run([sys.executable, "-c", "import kernels"], cwd=ROOT, capture_output=True,
-                          text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    with pytest.raises(SystemExit, match="^kernels.py: ssd, rung 3 chunks, is off by"):
+        run_script(monkeypatch)
