@@ -33,10 +33,8 @@ def full_precision(x):
 
 # ---- may it run, and where ----
 def check_shapes(**tensors):
-    """ValueError names the first tensor that does not fit those before it, or has a size of 0.
-
-    check_shapes(x=(x, "B L D"), weight=(weight, "D 1")); a tensor that is None is skipped.
-    """
+    """check_shapes(x=(x, "B L D"), weight=(weight, "D 1")): ValueError names the first tensor that
+    does not fit those before it, or is empty. None is skipped."""
     sizes = {}
     for name, (tensor, letters) in tensors.items():
         if tensor is None:
@@ -53,18 +51,19 @@ def check_shapes(**tensors):
 def use_triton(backend, *tensors, backward=True):
     """Whether Triton runs on these tensors; None is skipped. ValueError if "triton" can't.
 
-    "auto" takes it for CUDA tensors, but not where a gradient is recorded and the kernel has no
-    backward pass (backward=False).
+    "auto": if they are on a GPU, and no gradient is recorded that the kernel does not have.
     """
     if backend not in ("auto", "ref", "torch", "triton"):
         raise ValueError(f"backend is {backend!r}, expected 'auto', 'ref', 'torch' or 'triton'")
     tensors = [tensor for tensor in tensors if tensor is not None]
     on_gpu = all(tensor.is_cuda for tensor in tensors)
-    obstacle = (
-        "Triton is not installed (pip install triton, on Linux)" if INTERPRETED is None else
-        "the tensors are not on a GPU (TRITON_INTERPRET=1 interprets kernels on a CPU)"
-        if not (on_gpu or INTERPRETED) else "a tensor is float64: use 'torch'"
-        if any(tensor.dtype == torch.float64 for tensor in tensors) else "")
+    obstacle = ""
+    if INTERPRETED is None:
+        obstacle = "Triton is not installed (pip install triton, on Linux)"
+    elif not (on_gpu or INTERPRETED):
+        obstacle = "the tensors are not on a GPU (TRITON_INTERPRET=1 interprets kernels on a CPU)"
+    elif any(tensor.dtype == torch.float64 for tensor in tensors):
+        obstacle = "a tensor is float64: use 'torch'"
     if backend != "triton":
         recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         return backend == "auto" and on_gpu and not obstacle and (backward or not recorded)
@@ -74,8 +73,7 @@ def use_triton(backend, *tensors, backward=True):
 
 
 def pieces(programs, length, device):
-    """Into how many pieces of 128 steps or more to cut time, so that `programs` times as many fill
-    a GPU: 8 for each multiprocessor."""
+    """Pieces of time, of 128 steps or more, that make of `programs` 8 for each multiprocessor."""
     if device.type != "cuda":
         return 1
     wanted = 8 * torch.cuda.get_device_properties(device).multi_processor_count
@@ -137,7 +135,7 @@ def _selective_step_kernel(h, x, dt, A, B, C, D, z, dt_bias, y, d_inner, d_state
     decay = tl.exp(dt_t * load(A + d * d_state + n, is_state))  # (BLOCK_D, N)
     h_t = decay * load(h + state, is_state) + (dt_t * x_t) * load(B + in_group, is_state)
     tl.store(h + state, h_t, mask=is_state)
-    y_t = tl.sum(h_t * load(C + in_group, is_state), axis=1, keep_dims=True)  # (BLOCK_D, 1)
+    y_t = tl.sum(h_t * load(C + in_group, is_state), 1, keep_dims=True)  # (BLOCK_D, 1)
     if D is not None:
         y_t += load(D + d, is_d) * x_t
     if z is not None:
@@ -170,7 +168,7 @@ def _ssd_step_kernel(h, x, log_decay, B, C, y, n_heads, head_dim, d_state,
     x_t, B_t, C_t = load(x + head * head_dim + p, is_p), load(B + row, is_n), load(C + row, is_n)
     h_t = decay * load(h + state, is_p & is_n) + x_t * B_t
     tl.store(h + state, h_t, mask=is_p & is_n)
-    tl.store(y + head * head_dim + p, tl.sum(h_t * C_t, axis=1, keep_dims=True), mask=is_p)
+    tl.store(y + head * head_dim + p, tl.sum(h_t * C_t, 1, keep_dims=True), mask=is_p)
 
 
 def ssd_step(h, x, log_decay, B, C):
@@ -192,9 +190,9 @@ def _decode_attention_kernel(q, keys, values, lengths, y, weight, capacity, part
                              WIDEN: tl.constexpr):
     """One program: a part of the used columns of a row and kv head, for its H/K query heads.
 
-    y (B, K, parts, H/K, P) is the attention to that part alone, weight (B, K, parts, H/K) the
-    logarithm of its sum of exponentials. Online softmax (Milakov & Gimelshein 2018): when a higher
-    score comes, what has been summed shrinks. Grid: parts, K, B.
+    y (B, K, parts, H/K, P) is the attention to that part, weight (B, K, parts, H/K) the log of its
+    sum of exponentials. Online softmax (Milakov & Gimelshein 2018): at a higher score, what has
+    been summed shrinks. Grid: parts, K, B.
     """
     part, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
     head, length = row * tl.num_programs(1) + tl.program_id(1), tl.load(lengths + row).to(tl.int32)
@@ -215,9 +213,9 @@ def _decode_attention_kernel(q, keys, values, lengths, y, weight, capacity, part
             k, v = k.to(tl.float32), v.to(tl.float32)
         scores = tl.dot(q_g.to(k.dtype), tl.trans(k), input_precision="ieee") * SCALE  # (G, T)
         scores = tl.where(tl.trans(column) < end, scores, -1e30)
-        higher = tl.maximum(top, tl.max(scores, axis=1, keep_dims=True))
+        higher = tl.maximum(top, tl.max(scores, 1, keep_dims=True))
         weights, keep = tl.exp(scores - higher), tl.exp(top - higher)  # (G, T), (G, 1)
-        total = total * keep + tl.sum(weights, axis=1, keep_dims=True)
+        total = total * keep + tl.sum(weights, 1, keep_dims=True)
         sums = sums * keep + tl.dot(weights.to(v.dtype), v, input_precision="ieee")  # (G, P)
         top = higher
     out, total = (head * parts + part) * GROUP + g, tl.maximum(total, 1e-30)
@@ -228,9 +226,9 @@ def _decode_attention_kernel(q, keys, values, lengths, y, weight, capacity, part
 def decode_attention(q, keys, values, lengths, backend="auto"):
     """softmax(q k^T / sqrt(P)) v of each row's newest token over the row's first `lengths` columns.
 
-    q (B, H, P), keys and values (B, K, T, P), lengths (B,) integers -> (B, H, P) in q's dtype; an
-    empty row gives 0. Query head i reads kv head i // (H / K). The kernel reads nothing behind a
-    row's end, and the host does not wait. Sums are float32.
+    q (B, H, P), keys, values (B, K, T, P), lengths (B,) integers -> (B, H, P), q's dtype, 0 for an
+    empty row. Query head i reads kv head i // (H / K). Sums are float32. The kernel reads nothing
+    behind a row's end, and the host does not wait.
     """
     check_shapes(q=(q, "B H P"), keys=(keys, "B K T P"), values=(values, "B K T P"),
                  lengths=(lengths, "B"))
@@ -247,11 +245,11 @@ def decode_attention(q, keys, values, lengths, backend="auto"):
     y = q.new_empty(batch, n_kv_heads, parts, group, head_dim, dtype=torch.float32)
     weight = y.new_empty(y.shape[:-1])
     block_g, block_p = (max(16, triton.next_power_of_2(size)) for size in (group, head_dim))
+    q, keys, values = (u.contiguous() for u in (q, keys, values))
     _decode_attention_kernel[parts, n_kv_heads, batch](
-        q.contiguous(), keys.contiguous(), values.contiguous(), lengths, y, weight, capacity, parts,
-        SCALE=head_dim ** -0.5, GROUP=group, HEAD_DIM=head_dim,
-        BLOCK_G=block_g, BLOCK_P=block_p, BLOCK_T=64, WIDEN=INTERPRETED, **FUSED)
-    if parts > 1:  # a part counts by its sum of exponentials
+        q, keys, values, lengths, y, weight, capacity, parts, SCALE=head_dim ** -0.5, GROUP=group,
+        HEAD_DIM=head_dim, BLOCK_G=block_g, BLOCK_P=block_p, BLOCK_T=64, WIDEN=INTERPRETED, **FUSED)
+    if parts > 1:  # each counts by its sum of exponentials
         y = y * weight.softmax(dim=2)[..., None]
     return y.sum(2).flatten(1, 2).to(q.dtype)  # (B, H, P)
 
@@ -297,17 +295,16 @@ def is_packable(weight):
 def prepare(lm):
     """The model, ready for decoding: Linears that meet the same tensor joined, large ones packed.
 
-    In place, and for decoding only: the plain weights are given up, so it cannot be saved. Which
-    Linears (without bias) meet is found by running one token.
+    In place, and for decoding only: the plain weights are given up, so it cannot be saved. Running
+    one token shows which Linears (without bias) meet.
     """
     met = {}  # id of a tensor -> (the tensor, kept so that its id stays its own; who met it)
 
     def note(module, inputs):
         if isinstance(module, nn.Linear) and module.bias is None:
             met.setdefault(id(inputs[0]), (inputs[0], []))[1].append(module)
-    hook = nn.modules.module.register_module_forward_pre_hook(note)
-    lm(torch.zeros(1, 1, dtype=torch.long, device=lm.device), lm.init_state(1, 1))
-    hook.remove()
+    with nn.modules.module.register_module_forward_pre_hook(note):
+        lm(torch.zeros(1, 1, dtype=torch.long, device=lm.device), lm.init_state(1, 1))
     place = {child: (parent, name) for parent in lm.modules()
              for name, child in parent.named_children()}
     for _, (first, *others) in met.values():

@@ -6,23 +6,23 @@ Selective scan (Mamba; Gu & Dao 2023, eq. 2, algorithm 2): each channel d has N 
     y_t[d]    = (sum_n C_t[n] h_t[d, n] + D[d] x_t[d]) SiLU(z_t[d])
 
 A < 0 makes the past fade. dt, B and C are computed from the token itself, hence "selective": a
-large dt writes the token and forgets the past, dt = 0 passes over it. (exp(dt A) is exact for a
-system in continuous time, dt B is Euler's rule, as in Mamba's own code.) SSD (Mamba-2; Dao & Gu
-2024, section 6): each head has a (P, N) matrix of states and one decay for all of them,
+large dt writes the token and forgets the past, dt = 0 passes over it. (A is discretised exactly, B
+by Euler's rule, as in Mamba's own code.) SSD (Mamba-2; Dao & Gu 2024, section 6): each head has a
+(P, N) matrix of states and one decay for all of them,
 
     h_t = exp(log_decay_t) h_{t-1} + x_t B_t^T
     y_t = h_t C_t
 
 The ladder, every rung tested against the one below:
 
-    1  loop              the formulas: L small steps, and autograd keeps every state
-    2  matrices          SSD as attention without softmax, with forgetting: one product, of L^2
-    3  chunks            matrices within chunks of Q steps, states between: work L Q, L/Q steps;
-                         the scan in chunks too, with its gradients by hand
-    -  one token         what decoding runs
-    4  Triton, forward   the scan in one kernel, with its states in registers
-    5  Triton, backward  the gradients of rung 3, in registers
-    6  segments          pieces of time side by side, where batch x channels do not fill a GPU
+    1  loop        the formulas: L small steps, and autograd keeps every state
+    2  matrices    SSD as attention without softmax, with forgetting: one product, of L^2
+    3  chunks      matrices within chunks of Q steps, states between: work L Q, L/Q steps;
+                   the scan in chunks too, with its gradients by hand
+    -  one token   what decoding runs
+    4  Triton      the scan in one kernel, with its states in registers
+    5  backward    the gradients of rung 3, in registers
+    6  segments    pieces of time side by side, where batch x channels do not fill a GPU
 
 `python kernels.py` checks every rung and shows what it costs. All is computed in float32 (float64
 for float64 inputs), also under autocast; y has x's dtype. Letters in shape comments are model.py's,
@@ -34,6 +34,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import Function, once_differentiable
 
 import decode_kernels
 from common import Parser, choose_device, number, run
@@ -121,12 +122,11 @@ def chunk_states(x, dt, A, B, h):
     return decay, states
 
 
-class _ChunkedScan(torch.autograd.Function):
+class _ChunkedScan(Function):
     """The scan by chunks, which keeps the state at the start of each and computes the others twice.
 
     x, dt (L, B, G, 1, D/G), A (G, N, D/G), B, C (L, B, G, N, 1), h (B, G, N, D/G) -> y like x, h.
-    Let g_t = dLoss/dh_t. h_t feeds y_t and h_{t+1}, so g runs back in time, and all other gradients
-    follow from it:
+    h_t feeds y_t and h_{t+1}, so its gradient g_t runs back in time. All others follow from it:
 
         g_t = C_t grad_y_t + exp(dt_{t+1} A) g_{t+1}    (from the gradient of the last h)
         grad_C_t = sum_d grad_y_t h_t               grad_B_t = sum_d dt_t x_t g_t
@@ -148,7 +148,7 @@ class _ChunkedScan(torch.autograd.Function):
         return y, h
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad_y, grad_h):
         x, dt, A, B, C, *starts = ctx.saved_tensors
         grads, grad_A = [torch.empty_like(u) for u in (x, dt, B, C)], torch.zeros_like(A)
@@ -214,12 +214,12 @@ def ssd(x, log_decay, B, C, h0=None, chunk=64, backend="auto"):
     """y (B, L, H, P) in x's dtype and the state h (B, H, P, N), float32, after the last step.
 
     x (B, L, H, P), log_decay (B, L, H) <= 0, B, C (B, L, H, N), h0 (B, H, P, N), None for zeros.
-    x = 0 and log_decay = 0 are padding. Differentiable in all, through y and h. `chunk` changes
-    speed and memory only. backend: "ref" is rung 1; "torch" and "auto" are rung 3, on a GPU too.
+    x = 0 and log_decay = 0 are padding. Differentiable in all, through y and h; `chunk` is a matter
+    of speed. backend: "ref" is rung 1, "torch" and "auto" are rung 3, on a GPU too.
     """
     if backend not in ("auto", "ref", "torch") or chunk < 1:
-        raise ValueError(f"backend is {backend!r}, expected 'auto', 'torch' or 'ref' for ssd; "
-                         f"chunk is {chunk}, expected 1 or more")
+        raise ValueError(f"backend is {backend!r} and chunk is {chunk}, expected 'auto', 'torch' "
+                         "or 'ref' for ssd, and 1 or more")
     check_shapes(x=(x, "B L H P"), log_decay=(log_decay, "B L H"), B=(B, "B L H N"),
                  C=(C, "B L H N"), h0=(h0, "B H P N"))
     y_dtype, kind = x.dtype, compute_dtype(x)
@@ -235,8 +235,7 @@ def selective_step(h, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=
                    backend="auto"):
     """y (B, D) of one token of selective_scan; the state h (B, D, N) changes in place.
 
-    x, dt, z (B, D), B, C (B, G, N), the rest as there. Whatever h's dtype, a step computes in
-    float32 and rounds what it writes back.
+    x, dt, z (B, D), B, C (B, G, N), the rest as there; of any h, computed in float32.
     """
     tensors = h, x, dt, A, B, C, D, z, dt_bias
     if use_triton(backend, *tensors, backward=False) and h.is_contiguous():
@@ -256,9 +255,9 @@ def selective_step(h, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=
 
 
 def ssd_step(h, x, log_decay, B, C, backend="auto"):
-    """y (B, H, P) of one token of ssd; the state h (B, H, P, N), of any dtype, changes in place.
+    """y (B, H, P) of one token of ssd; the state h (B, H, P, N) changes in place.
 
-    x (B, H, P), log_decay (B, H), B, C (B, H, N).
+    x (B, H, P), log_decay (B, H), B, C (B, H, N); of any h, computed in float32.
     """
     if use_triton(backend, h, x, log_decay, B, C, backward=False) and h.is_contiguous():
         return decode_kernels.ssd_step(h, x, log_decay, B, C)
@@ -278,7 +277,7 @@ selective_scan_ref = partial(selective_scan, backend="ref")
 ssd_ref = partial(ssd, backend="ref")
 
 
-class _Decays(torch.autograd.Function):
+class _Decays(Function):
     """mixing_matrix's exp(...) of log_decay (..., L), as (..., L, L), in 2/3 of autograd's time.
 
     It is exp(total_t - total_s): totals in float64, because such differences cancel, of terms cut
@@ -294,7 +293,7 @@ class _Decays(torch.autograd.Function):
         return decay
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad_decay):
         w = grad_decay * ctx.saved_tensors[0]  # (..., L, L)
         grad_total = w.sum(-1).double() - w.sum(-2)  # (..., L)
@@ -305,8 +304,8 @@ decays = _Decays.apply
 
 
 # ---- the convolution ----
-class _CausalConv(torch.autograd.Function):
-    """y_t = bias + sum_k taps[k] x_{t-W+1+k}, as W multiply-adds: on a CPU twice as fast as conv1d.
+class _CausalConv(Function):
+    """y_t = bias + sum_k taps[k] x_{t-W+1+k}, in half the time of conv1d on a CPU.
 
     x (B, W-1 + L, D) begins with the past; taps (W, D), bias (D,) -> y (B, L, D).
     """
@@ -321,7 +320,7 @@ class _CausalConv(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad_y):
         x, taps = ctx.saved_tensors
         length, product = grad_y.shape[1], torch.empty_like(grad_y)
@@ -333,7 +332,7 @@ class _CausalConv(torch.autograd.Function):
 
 
 def causal_conv(x, weight, bias, past=None, counts=None):
-    """y (B, L, D) of a depthwise convolution over time and the next past, both in x's dtype.
+    """y (B, L, D) of a convolution over time, channel by channel, and the next past; x's dtype.
 
     x (B, L, D), weight (D, 1, W), bias (D,); past (B, W-1, D): the inputs before x, None for zeros.
     counts (B,): row b has counts[b] tokens, then padding; its past ends where they do.
@@ -364,13 +363,13 @@ def causal_conv_step(past, x, weight, bias, backend="auto"):
     return y.to(x.dtype)
 
 
-# ---- rung 4: Triton, forward ----
-# The tensors of rung 3 are N times as large as x, and PyTorch writes each to memory and reads it
-# again. Here a program walks through time with the states of W channels in registers. What binds
-# then is N exponentials for each x. (Mamba's own kernel has an associative scan: log L rounds for L
-# steps, but more work. It helps where programs are few; so does rung 6.) In memory, states are
-# (N, D). `width` is D again, as a number of which Triton knows no factor: else it reads in wide
-# pieces, and sums over N need twelve times as many exchanges between threads.
+# ---- rung 4: Triton ----
+# PyTorch writes rung 3's tensors, N times as large as x, to memory and reads them again. Here a
+# program walks through time with the states of W channels in registers; what binds then is N
+# exponentials for each x. (Mamba's own kernel has an associative scan: log L rounds for L steps,
+# but more work. It helps where programs are few; so does rung 6.) In memory, states are (N, D).
+# `width` is D again, as a number of which Triton knows no factor: else it reads in wide pieces, and
+# sums over N need twelve times as many exchanges between threads.
 KEPT = 8  # the state before every KEPT-th step is kept; the backward kernel runs those steps again
 for_any_length = triton.jit(do_not_specialize=["length", "width"])
 
@@ -391,7 +390,7 @@ def _scan_forward_kernel(x, dt, A, B, C, h_start, y, kept, h_end, length, width,
     for first in range(0, length, KEPT):
         row = batch * tl.cdiv(length, KEPT) + first // KEPT
         tl.store(kept + row * d_inner * d_state + states, h, mask=is_state)
-        steps = ()  # KEPT of them: asked for at once, they wait for memory together
+        steps = ()  # KEPT of them wait for memory together
         for i in tl.static_range(KEPT):
             row, has_d, has_n = batch * length + first + i, first + i < end_d, first + i < end_n
             channels, in_group = row * d_inner + d, (row * groups + group) * d_state + n
@@ -400,20 +399,20 @@ def _scan_forward_kernel(x, dt, A, B, C, h_start, y, kept, h_end, length, width,
         for i in tl.static_range(KEPT):
             x_t, dt_t, B_t, C_t, channels, has_d = steps[i]
             h = tl.exp(dt_t * A) * h + (dt_t * x_t) * B_t  # (N, W); behind the end dt_t = 0
-            tl.store(y + channels, tl.sum(h * C_t, axis=0, keep_dims=True), mask=has_d)
+            tl.store(y + channels, tl.sum(h * C_t, 0, keep_dims=True), mask=has_d)
     tl.store(h_end + batch * d_inner * d_state + states, h, mask=is_state)
 
 
-# ---- rung 5: Triton, backward ----
+# ---- rung 5: backward ----
 @for_any_length
 def _scan_backward_kernel(x, dt, A, B, C, kept, grad_y, g_end,
                           grad_x, grad_dt, grad_A, grad_B, grad_C, g_start, length, width,
                           d_inner: tl.constexpr, d_state: tl.constexpr, groups: tl.constexpr,
                           KEPT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The equations of _ChunkedScan: KEPT steps run forward from their kept state, then back.
+    """_ChunkedScan's equations: KEPT steps forward from their kept state, then back.
 
-    Sums over programs are left in parts, grad_A (B, N, D), grad_B and grad_C (blocks, B, L, G, N),
-    to be added in a fixed order: atomics would give other bits every time.
+    Sums over programs are left in parts, grad_A (B, N, D), grad_B and grad_C (blocks, B, L, G, N):
+    atomics would add in another order every time.
     """
     group, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     n, d = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_D)[None, :]  # (N, 1), (1, W)
@@ -444,24 +443,21 @@ def _scan_backward_kernel(x, dt, A, B, C, kept, grad_y, g_end,
             B_t, C_t = load(B + in_group, has_n), load(C + in_group, has_n)
             grad_y_t = load(grad_y + channels, has_d)
             g += C_t * grad_y_t
-            grad_B_t = tl.sum(g * (dt_t * x_t), axis=1, keep_dims=True)  # (N, 1)
-            grad_C_t = tl.sum(h * grad_y_t, axis=1, keep_dims=True)
-            tl.store(grad_B + in_group, grad_B_t, mask=has_n)
-            tl.store(grad_C + in_group, grad_C_t, mask=has_n)
-            b = tl.sum(g * B_t, axis=0, keep_dims=True)  # (1, W)
+            tl.store(grad_B + in_group, tl.sum(g * (dt_t * x_t), 1, keep_dims=True), mask=has_n)
+            tl.store(grad_C + in_group, tl.sum(h * grad_y_t, 1, keep_dims=True), mask=has_n)
+            b = tl.sum(g * B_t, 0, keep_dims=True)  # (1, W)
             h = before[i]
             g *= tl.exp(dt_t * A)  # now of the state before the step
             w = g * h  # (N, W)
             sum_A += dt_t * w
-            grad_dt_t = tl.sum(w * A, axis=0, keep_dims=True) + b * x_t
             tl.store(grad_x + channels, b * dt_t, mask=has_d)
-            tl.store(grad_dt + channels, grad_dt_t, mask=has_d)
+            tl.store(grad_dt + channels, tl.sum(w * A, 0, keep_dims=True) + b * x_t, mask=has_d)
     tl.store(g_start + batch * d_inner * d_state + states, g, mask=is_state)
     tl.store(grad_A + batch * d_inner * d_state + states, sum_A, mask=is_state)
 
 
-class _TritonScan(torch.autograd.Function):
-    """scan_loop by the two kernels, for contiguous float32 tensors, A (N, D) and h (B, N, D)."""
+class _TritonScan(Function):
+    """scan_loop by the two kernels; contiguous float32 tensors, A (N, D), h (B, N, D)."""
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, h):
@@ -479,7 +475,7 @@ class _TritonScan(torch.autograd.Function):
         return y, h_end
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad_y, grad_h):
         x, dt, A, B, C, kept = ctx.saved_tensors
         grad_x, grad_dt = torch.empty_like(x), torch.empty_like(dt)
@@ -493,11 +489,10 @@ class _TritonScan(torch.autograd.Function):
 
 # ---- rung 6: segments ----
 def scan_triton(x, dt, A, B, C, h):
-    """scan_loop by Triton.
+    """scan_loop by Triton, with time in S segments where sequences are too few to fill the GPU.
 
-    If sequences are too few to fill the GPU, time is cut into S segments, which the kernels take
-    for sequences: scanned from zero, then from the state that each inherits. What is inherited
-    shrinks by prod_t exp(dt_t A) = exp(A sum_t dt_t) in a segment.
+    The kernels take segments for sequences: scanned from zero, then from the state that each
+    inherits, which shrinks in it by prod_t exp(dt_t A) = exp(A sum_t dt_t).
     """
     batch, length, d_inner = x.shape
     segments = pieces(batch * triton.cdiv(d_inner, 16), length, x.device)
@@ -537,12 +532,10 @@ LADDERS = {  # function: its rungs, as (name, what it adds, the function on this
 
 def random_inputs(batch, length, channels, states, dtype, device):
     """{function: inputs by name}: activations of the dtype, parameters and states in float32."""
-    def draw(*shape):
-        return torch.randn(shape, device=device)
+    draw, heads = partial(torch.randn, device=device), max(channels // 64, 4)  # of 64, or 4 smaller
 
     def activation(*shape):
         return draw(batch, length, *shape).to(dtype)
-    heads = max(channels // 64, 4)  # of 64 channels, or 4 smaller ones
     scan = dict(x=activation(channels), dt=activation(channels), A=-draw(channels, states).abs(),
                 B=activation(1, states), C=activation(1, states), D=draw(channels),
                 z=activation(channels), dt_bias=draw(channels), h0=draw(batch, channels, states))
@@ -565,15 +558,14 @@ def largest_error(found, expected):
     return torch.stack(errors).max().item()  # unlike Python's max, it returns a NaN
 
 
-def milliseconds(function, inputs, repeats=5):
+def milliseconds(function, inputs):
     """The median of some runs, forward and backward; the caller has warmed up."""
-    def run():
-        values_and_gradients(function, inputs)[1].sum().item()  # .item() waits for a GPU
-    return 1e3 * statistics.median(timeit.repeat(run, number=1, repeat=repeats))
+    run_and_wait = lambda: values_and_gradients(function, inputs)[1].sum().item()
+    return 1e3 * statistics.median(timeit.repeat(run_and_wait, number=1, repeat=5))
 
 
 def bytes_kept(function, inputs):
-    """Bytes that autograd keeps for the backward pass: every storage once, with the inputs'."""
+    """Bytes that autograd keeps for the backward pass, with the inputs': every storage once."""
     kept = {}
 
     def pack(tensor):
@@ -587,12 +579,11 @@ def bytes_kept(function, inputs):
 def main():
     parser = Parser("Check every rung against the one below, and show what it costs.")
     sizes = (1, 2048, 2048, 16) if torch.cuda.is_available() else (8, 256, 64, 16)
-    for name, size, text in zip(("batch", "length", "channels", "states"), sizes,
-                                ("sequences", "tokens in each", "inner width", "of a channel")):
-        parser.add_argument(f"--{name}", type=number(1), default=size, help=text)
+    for name, size in zip(("batch", "length", "channels", "states"), sizes):
+        parser.add_argument(f"--{name}", type=number(1), default=size, help="of the inputs")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
-                        help="of activations; default: bfloat16 on cuda, else float32")
+                        help="default: bfloat16 on cuda, else float32")
     args = parser.parse_args()
     device, dtype = choose_device(args.device, args.dtype)
     torch.manual_seed(0)
