@@ -25,8 +25,7 @@ The ladder, every rung tested against the one below:
     6  segments    pieces of time side by side, where batch x channels do not fill a GPU
 
 `python kernels.py` checks every rung and shows what it costs. All is computed in float32 (float64
-for float64 inputs), also under autocast; y has x's dtype. Letters in shape comments are model.py's,
-and Q is the steps of a chunk: "B (B, L, G, N)" is the matrix B, by batch, length, group and state.
+for float64 inputs), also under autocast; y has x's dtype. Letters in shape comments are model.py's.
 """
 import statistics
 import timeit
@@ -75,7 +74,6 @@ def mixing_matrix(log_decay, B, C):
     queries C, keys B and values x, without softmax, and with a decay for each step in between.
     log_decay (B, L, H), B, C (B, L, H, N).
     """
-    check_shapes(B=(B, "B L H N"), C=(C, "B L H N"), log_decay=(log_decay, "B L H"))
     kind = compute_dtype(B)
     with full_precision(B):
         scores = C.transpose(1, 2).to(kind) @ B.permute(0, 2, 3, 1).to(kind)  # (B, H, L, L)
@@ -84,17 +82,14 @@ def mixing_matrix(log_decay, B, C):
 
 # ---- rung 3: chunks ----
 def in_chunks(u, chunk):
-    """(B, L, H, ...) -> (B, H, L/Q, Q, ...), with zeros behind the end if Q does not divide L."""
+    """(B, L, H, ...) -> (B, H, L/Q, Q, ...), behind the end 0: it adds and forgets nothing."""
     if missing := -u.shape[1] % chunk:
         u = F.pad(u, (0, 0) * (u.dim() - 2) + (0, missing))
     return u.unflatten(1, (-1, chunk)).movedim(3, 1).contiguous()
 
 
 def ssd_chunks(x, log_decay, B, C, h, chunk):
-    """ssd_loop by matrices within chunks of Q steps and a loop over L/Q states (listing 1).
-
-    Padding, x = 0 and log_decay = 0, adds and forgets nothing.
-    """
+    """ssd_loop by matrices within chunks of Q steps and a loop over L/Q states (listing 1)."""
     length, chunk = x.shape[1], min(chunk, x.shape[1])
     x, log_decay, B, C = (in_chunks(u, chunk) for u in (x, log_decay, B, C))  # (B, H, L/Q, Q, ...)
     # 1. What the inputs of a chunk give to its own outputs: rung 2.
@@ -217,9 +212,8 @@ def ssd(x, log_decay, B, C, h0=None, chunk=64, backend="auto"):
     x = 0 and log_decay = 0 are padding. Differentiable in all, through y and h; `chunk` is a matter
     of speed. backend: "ref" is rung 1, "torch" and "auto" are rung 3, on a GPU too.
     """
-    if backend not in ("auto", "ref", "torch") or chunk < 1:
-        raise ValueError(f"backend is {backend!r} and chunk is {chunk}, expected 'auto', 'torch' "
-                         "or 'ref' for ssd, and 1 or more")
+    if backend not in ("auto", "ref", "torch"):
+        raise ValueError(f"backend is {backend!r}, expected 'auto', 'ref' or 'torch' for ssd")
     check_shapes(x=(x, "B L H P"), log_decay=(log_decay, "B L H"), B=(B, "B L H N"),
                  C=(C, "B L H N"), h0=(h0, "B H P N"))
     y_dtype, kind = x.dtype, compute_dtype(x)
@@ -278,7 +272,7 @@ ssd_ref = partial(ssd, backend="ref")
 
 
 class _Decays(Function):
-    """mixing_matrix's exp(...) of log_decay (..., L), as (..., L, L), in 2/3 of autograd's time.
+    """mixing_matrix's exp(...), (..., L, L), of log_decay (..., L), in 2/3 of autograd's time.
 
     It is exp(total_t - total_s): totals in float64, because such differences cancel, of terms cut
     at -1000, where exp is 0. w is that difference's gradient.
@@ -334,7 +328,7 @@ class _CausalConv(Function):
 def causal_conv(x, weight, bias, past=None, counts=None):
     """y (B, L, D) of a convolution over time, channel by channel, and the next past; x's dtype.
 
-    x (B, L, D), weight (D, 1, W), bias (D,); past (B, W-1, D): the inputs before x, None for zeros.
+    x (B, L, D), weight (D, 1, W), bias (D,); past (B, W-1, D): what came before x, None for zeros.
     counts (B,): row b has counts[b] tokens, then padding; its past ends where they do.
     """
     width, length = weight.shape[-1], x.shape[1]
@@ -352,7 +346,7 @@ def causal_conv(x, weight, bias, past=None, counts=None):
 
 
 def causal_conv_step(past, x, weight, bias, backend="auto"):
-    """y (B, D) of one token x (B, D) of causal_conv; past (B, W-1, D) takes x in place."""
+    """y (B, D) of one token x (B, D) of causal_conv; past (B, W-1, D) changes in place."""
     if use_triton(backend, past, x, weight, bias, backward=False) and past.is_contiguous():
         return decode_kernels.causal_conv_step(past, x, weight, bias)
     kind, taps = compute_dtype(x), weight[:, 0].unbind(1)  # W times (D,)
@@ -365,12 +359,12 @@ def causal_conv_step(past, x, weight, bias, backend="auto"):
 
 # ---- rung 4: Triton ----
 # PyTorch writes rung 3's tensors, N times as large as x, to memory and reads them again. Here a
-# program walks through time with the states of W channels in registers; what binds then is N
+# program walks through time with the states of M channels in registers; what binds then is N
 # exponentials for each x. (Mamba's own kernel has an associative scan: log L rounds for L steps,
 # but more work. It helps where programs are few; so does rung 6.) In memory, states are (N, D).
 # `width` is D again, as a number of which Triton knows no factor: else it reads in wide pieces, and
 # sums over N need twelve times as many exchanges between threads.
-KEPT = 8  # the state before every KEPT-th step is kept; the backward kernel runs those steps again
+KEPT = 8  # every KEPT-th state is kept for the backward kernel, which computes the others again
 for_any_length = triton.jit(do_not_specialize=["length", "width"])
 
 
@@ -380,13 +374,13 @@ def _scan_forward_kernel(x, dt, A, B, C, h_start, y, kept, h_end, length, width,
                          KEPT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
     """y (B, L, D), h_end (B, N, D), kept (B, L/KEPT, N, D). Grid: blocks of channels, G, B."""
     group, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    n, d = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_D)[None, :]  # (N, 1), (1, W)
+    n, d = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_D)[None, :]  # (N, 1), (1, M)
     d += tl.program_id(0) * BLOCK_D
     end_d, end_n = tl.where(d < d_inner // groups, length, 0), tl.where(n < d_state, length, 0)
-    d += group * (d_inner // groups)
-    states, is_state = n * width + d, (end_d > 0) & (end_n > 0)  # (N, W)
-    A = load(A + states, is_state)  # (N, W)
-    h = load(h_start + batch * d_inner * d_state + states, is_state)  # (N, W)
+    d += group * (d_inner // groups)  # which exists at step t if t < end_d
+    states, is_state = n * width + d, (end_d > 0) & (end_n > 0)  # (N, M)
+    A = load(A + states, is_state)  # (N, M)
+    h = load(h_start + batch * d_inner * d_state + states, is_state)  # (N, M)
     for first in range(0, length, KEPT):
         row = batch * tl.cdiv(length, KEPT) + first // KEPT
         tl.store(kept + row * d_inner * d_state + states, h, mask=is_state)
@@ -398,7 +392,7 @@ def _scan_forward_kernel(x, dt, A, B, C, h_start, y, kept, h_end, length, width,
                        load(B + in_group, has_n), load(C + in_group, has_n), channels, has_d),)
         for i in tl.static_range(KEPT):
             x_t, dt_t, B_t, C_t, channels, has_d = steps[i]
-            h = tl.exp(dt_t * A) * h + (dt_t * x_t) * B_t  # (N, W); behind the end dt_t = 0
+            h = tl.exp(dt_t * A) * h + (dt_t * x_t) * B_t  # (N, M); behind the end dt_t = 0
             tl.store(y + channels, tl.sum(h * C_t, 0, keep_dims=True), mask=has_d)
     tl.store(h_end + batch * d_inner * d_state + states, h, mask=is_state)
 
@@ -415,13 +409,13 @@ def _scan_backward_kernel(x, dt, A, B, C, kept, grad_y, g_end,
     atomics would add in another order every time.
     """
     group, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    n, d = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_D)[None, :]  # (N, 1), (1, W)
+    n, d = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_D)[None, :]  # (N, 1), (1, M)
     d += tl.program_id(0) * BLOCK_D
     end_d, end_n = tl.where(d < d_inner // groups, length, 0), tl.where(n < d_state, length, 0)
-    d += group * (d_inner // groups)
-    states, is_state = n * width + d, (end_d > 0) & (end_n > 0)  # (N, W)
-    A = load(A + states, is_state)  # (N, W)
-    g = load(g_end + batch * d_inner * d_state + states, is_state)  # (N, W)
+    d += group * (d_inner // groups)  # which exists at step t if t < end_d
+    states, is_state = n * width + d, (end_d > 0) & (end_n > 0)  # (N, M)
+    A = load(A + states, is_state)  # (N, M)
+    g = load(g_end + batch * d_inner * d_state + states, is_state)  # (N, M)
     sum_A = tl.zeros_like(A)
     part = tl.program_id(0).to(tl.int64) * tl.num_programs(2) * length * groups * d_state
     grad_B, grad_C = grad_B + part, grad_C + part  # those of this block
@@ -445,10 +439,10 @@ def _scan_backward_kernel(x, dt, A, B, C, kept, grad_y, g_end,
             g += C_t * grad_y_t
             tl.store(grad_B + in_group, tl.sum(g * (dt_t * x_t), 1, keep_dims=True), mask=has_n)
             tl.store(grad_C + in_group, tl.sum(h * grad_y_t, 1, keep_dims=True), mask=has_n)
-            b = tl.sum(g * B_t, 0, keep_dims=True)  # (1, W)
+            b = tl.sum(g * B_t, 0, keep_dims=True)  # (1, M)
             h = before[i]
             g *= tl.exp(dt_t * A)  # now of the state before the step
-            w = g * h  # (N, W)
+            w = g * h  # (N, M)
             sum_A += dt_t * w
             tl.store(grad_x + channels, b * dt_t, mask=has_d)
             tl.store(grad_dt + channels, tl.sum(w * A, 0, keep_dims=True) + b * x_t, mask=has_d)
@@ -524,7 +518,7 @@ LADDERS = {  # function: its rungs, as (name, what it adds, the function on this
     "selective_scan": (
         ("1 loop", "the formula, token by token", partial(scan, backend="ref")),
         ("3 chunks", "gradients by hand, 1 state in 16 kept", partial(scan, backend="torch")),
-        ("4-6 Triton", "states in registers; pieces of time", partial(scan, backend="triton"))),
+        ("4-6 Triton", "states in registers, time in pieces", partial(scan, backend="triton"))),
     "ssd": (("1 loop", "the formula, token by token", ssd_ref),
             ("2 matrix", "one L x L matrix for each head", ssd_matrix),
             ("3 chunks", "matrices inside, states between", partial(ssd, chunk=32)))}
@@ -532,10 +526,8 @@ LADDERS = {  # function: its rungs, as (name, what it adds, the function on this
 
 def random_inputs(batch, length, channels, states, dtype, device):
     """{function: inputs by name}: activations of the dtype, parameters and states in float32."""
-    draw, heads = partial(torch.randn, device=device), max(channels // 64, 4)  # of 64, or 4 smaller
-
-    def activation(*shape):
-        return draw(batch, length, *shape).to(dtype)
+    draw, heads = partial(torch.randn, device=device), max(channels // 64, 4)
+    activation = lambda *shape: draw(batch, length, *shape).to(dtype)
     scan = dict(x=activation(channels), dt=activation(channels), A=-draw(channels, states).abs(),
                 B=activation(1, states), C=activation(1, states), D=draw(channels),
                 z=activation(channels), dt_bias=draw(channels), h0=draw(batch, channels, states))
@@ -546,7 +538,7 @@ def random_inputs(batch, length, channels, states, dtype, device):
 
 
 def values_and_gradients(function, inputs):
-    """y, and the gradient of half its sum of squares in every input."""
+    """y, and the gradients of half its sum of squares."""
     y = function(**inputs)
     y = y[0] if isinstance(y, tuple) else y
     return y, *torch.autograd.grad(y, list(inputs.values()), y.detach())
@@ -559,13 +551,13 @@ def largest_error(found, expected):
 
 
 def milliseconds(function, inputs):
-    """The median of some runs, forward and backward; the caller has warmed up."""
+    """The median of some runs, forward and backward, after a first by the caller."""
     run_and_wait = lambda: values_and_gradients(function, inputs)[1].sum().item()
     return 1e3 * statistics.median(timeit.repeat(run_and_wait, number=1, repeat=5))
 
 
 def bytes_kept(function, inputs):
-    """Bytes that autograd keeps for the backward pass, with the inputs': every storage once."""
+    """Bytes that autograd keeps for the backward pass, inputs too: every storage once."""
     kept = {}
 
     def pack(tensor):
@@ -588,18 +580,18 @@ def main():
     device, dtype = choose_device(args.device, args.dtype)
     torch.manual_seed(0)
     inputs = random_inputs(args.batch, args.length, args.channels, args.states, dtype, device)
-    print(f"{'':15} {'rung':12} {'what it adds':38} {'error':>8} {'ms':>9} {'MB kept':>8}")
+    print(f"{'':15} {'rung':11} {'what it adds':38} {'error':>8} {'ms':>9} {'MB kept':>8}")
     for name, rungs in LADDERS.items():
         below = None
         for rung, adds, function in rungs:
-            line = f"{name:15} {rung:12} {adds:38}"
+            line = f"{name:15} {rung:11} {adds:38}"
             if "Triton" in rung and device.type == "cpu":
                 print(f"{line}  needs a GPU")
                 continue
             found = values_and_gradients(function, inputs[name])
             error, below = largest_error(found, below or found), found
             if not error < (1e-4 if dtype == torch.float32 else 5e-2):
-                raise SystemExit(f"kernels.py: {name}, rung {rung}, is off by {error:.1e} of scale")
+                raise SystemExit(f"kernels.py: {name}, rung {rung}, is off by {error:.1e}")
             print(f"{line} {error:8.0e} {milliseconds(function, inputs[name]):9.2f} "
                   f"{bytes_kept(function, inputs[name]) / 1e6:8.1f}")
 

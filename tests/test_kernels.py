@@ -165,7 +165,8 @@ def test_scan_with_every_optional_input_on_and_off(options, dt_softplus, backend
     (4, 3, 256, 1)])
 def test_scan_of_odd_shapes(length, d_inner, d_state, groups, backend):
     """L = 1, around chunks; channels that fill a block or not; N up to 256; all kinds of G."""
-    assert_scan_is_the_loop(scan_inputs(1, length, d_inner, d_state, groups), backend)
+    use = "yh" if length > 8 else "y" if length > 4 else "h"  # gradients of either output alone too
+    assert_scan_is_the_loop(scan_inputs(1, length, d_inner, d_state, groups), backend, use=use)
 
 
 @pytest.mark.parametrize("asked, length, calls", [(2, 20, 1), (3, 21, 2), (5, 9, 2)])
@@ -178,12 +179,6 @@ def test_scan_in_segments(asked, length, calls, monkeypatch):
     monkeypatch.setattr(kernels, "pieces", lambda programs, length, device: asked)
     assert_scan_is_the_loop(scan_inputs(2, length, 4, 3, 1), "triton")
     assert len(called) == calls
-
-
-@BACKENDS
-@pytest.mark.parametrize("use", [("y",), ("h",)])
-def test_scan_gradients_flow_from_either_output_alone(use, backend):
-    assert_scan_is_the_loop(scan_inputs(1, 9, 4), backend, use=use)
 
 
 @BACKENDS
@@ -283,12 +278,10 @@ def test_decays_do_not_cancel_after_strong_ones(length, chunk):
     inputs = ssd_inputs(1, length, 1)
     inputs["log_decay"] = torch.full((1, length, 1), -50.0, device=DEVICE)
     inputs["log_decay"][:, length // 2:] = -0.001
-    wanted, _ = kernels.ssd_ref(**double(inputs))
-    assert_close(kernels.ssd(**inputs, chunk=chunk)[0], wanted)
-    ones = torch.ones(1, length, 1, 1, device=DEVICE)  # with B = C = 1, T is the decay alone
-    T = kernels.mixing_matrix(inputs["log_decay"], ones, ones)[0, 0, length // 2:, length // 2:]
+    assert_close(kernels.ssd(**inputs, chunk=chunk)[0], kernels.ssd_ref(**double(inputs))[0])
+    decay = kernels.decays(inputs["log_decay"][0, :, 0])[length // 2:, length // 2:]
     steps = torch.arange(length // 2, device=DEVICE)
-    assert_close(T, torch.exp(-0.001 * (steps[:, None] - steps).double()).tril())
+    assert_close(decay, torch.exp(-0.001 * (steps[:, None] - steps).double()).tril())
 
 
 @pytest.mark.parametrize("value", [-50.0, -1e30, -torch.inf, 0.0])
@@ -406,7 +399,7 @@ def test_autocast_changes_nothing():
         ("backend", "cuda", "backend is 'cuda', expected"))] + [
     (kernels.ssd, ssd_inputs, *row) for row in (
         ("log_decay", (2, 20), "log_decay has shape"), ("h0", (2, 2, 5, 3), "h0 has shape"),
-        ("backend", "triton", "backend is 'triton'"), ("chunk", 0, "chunk is 0"))] + [
+        ("backend", "triton", "backend is 'triton'"))] + [
     (kernels.causal_conv, conv_inputs, *row) for row in (
         ("weight", (5, 4), r"weight has shape \(5, 4\), expected \(5, 1, W\)"),
         ("past", (2, 5, 3), r"past has shape \(2, 5, 3\), expected \(2, 3, 5\)"),
