@@ -109,13 +109,13 @@ def test_softplus_keeps_its_digits_at_both_ends(dt, backend):
 
 def test_steps_run_where_gradients_are_recorded():
     """Decoding needs no torch.no_grad. Red where a view that autograd guards is written to."""
-    scan, heads, conv = scan_inputs(2, 1), ssd_inputs(2, 1), conv_inputs(2, 1, dtype=torch.float32)
-    for step, state, inputs in ((kernels.selective_step, scan["h0"], scan),
-                                (kernels.ssd_step, heads["h0"], heads),
-                                (kernels.causal_conv_step, conv.pop("past"), conv)):
+    conv = conv_inputs(2, 1, dtype=torch.float32)
+    for step, inputs in ((kernels.selective_step, scan_inputs(2, 1)),
+                         (kernels.ssd_step, ssd_inputs(2, 1)),
+                         (kernels.causal_conv_step, conv | {"h0": conv.pop("past")})):
         token = part(inputs, 0) | {"x": inputs["x"][:, 0].requires_grad_()}
-        y = [step(state, **token) for _ in range(2)]
-        assert y[1].requires_grad and state.isfinite().all()
+        y = [step(inputs["h0"], **token) for _ in range(2)]
+        assert y[1].requires_grad and inputs["h0"].isfinite().all()
 
 
 # ---- attention to a cache ----
@@ -129,16 +129,13 @@ def attention_inputs(lengths, heads=4, kv_heads=2, capacity=9, head_dim=8, dtype
                 lengths=torch.tensor(lengths, device=DEVICE))
 
 
-def attention_loop(q, keys, values, lengths):
-    """One row and head at a time, in float64; an empty row gives 0."""
-    q, keys, values = q.double(), keys.double(), values.double()
-    y, group = torch.zeros_like(q), q.shape[1] // keys.shape[1]
-    for row, length in enumerate(lengths.tolist()):
-        for head in range(q.shape[1]):
-            k, v = (u[row, head // group, :length] for u in (keys, values))
-            weights = torch.exp(k @ q[row, head] / q.shape[2] ** 0.5)
-            y[row, head] = weights @ v / weights.sum() if length else 0
-    return y
+def attention(q, keys, values, lengths):
+    """The definition, in float64; an empty row gives 0."""
+    k, v = (u.double().repeat_interleave(q.shape[1] // u.shape[1], dim=1) for u in (keys, values))
+    weights = (k @ q.double()[..., None] / q.shape[2] ** 0.5).exp()  # (B, H, T, 1)
+    hidden = torch.arange(k.shape[2], device=DEVICE) >= lengths[:, None]
+    weights = weights.masked_fill(hidden[:, None, :, None], 0)
+    return (weights * v).sum(2) / weights.sum(2).clamp(min=1e-30)
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -153,7 +150,7 @@ def test_decode_attention_is_its_definition(heads, kv_heads, head_dim, backend, 
     monkeypatch.setattr(decode_kernels, "pieces", lambda programs, length, device: parts)
     inputs = attention_inputs([0, 1, 63, 64, 65, 130, 9], heads, kv_heads, 130, head_dim, dtype)
     inputs = {name: u[:6] for name, u in inputs.items()}
-    wanted = attention_loop(**inputs)
+    wanted = attention(**inputs)
     if backend == "triton":
         for row, length in enumerate(inputs["lengths"].tolist()):
             inputs["values"][row, :, length:] = torch.nan  # the kernel does not even read it
