@@ -229,7 +229,7 @@ def selective_step(h, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=
                    backend="auto"):
     """y (B, D) of one token of selective_scan; the state h (B, D, N) changes in place.
 
-    x, dt, z (B, D), B, C (B, G, N), the rest as there; of any h, computed in float32.
+    x, dt, z (B, D), B, C (B, G, N), the rest as there; h of any dtype, all in float32.
     """
     tensors = h, x, dt, A, B, C, D, z, dt_bias
     if use_triton(backend, *tensors, backward=False) and h.is_contiguous():
@@ -251,7 +251,7 @@ def selective_step(h, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=
 def ssd_step(h, x, log_decay, B, C, backend="auto"):
     """y (B, H, P) of one token of ssd; the state h (B, H, P, N) changes in place.
 
-    x (B, H, P), log_decay (B, H), B, C (B, H, N); of any h, computed in float32.
+    x (B, H, P), log_decay (B, H), B, C (B, H, N); h of any dtype, all in float32.
     """
     if use_triton(backend, h, x, log_decay, B, C, backward=False) and h.is_contiguous():
         return decode_kernels.ssd_step(h, x, log_decay, B, C)
@@ -526,7 +526,7 @@ LADDERS = {  # function: its rungs, as (name, what it adds, the function on this
 
 def random_inputs(batch, length, channels, states, dtype, device):
     """{function: inputs by name}: activations of the dtype, parameters and states in float32."""
-    draw, heads = partial(torch.randn, device=device), max(channels // 64, 4)
+    draw, heads = partial(torch.randn, device=device), max(channels // 64, min(channels, 4))
     activation = lambda *shape: draw(batch, length, *shape).to(dtype)
     scan = dict(x=activation(channels), dt=activation(channels), A=-draw(channels, states).abs(),
                 B=activation(1, states), C=activation(1, states), D=draw(channels),
