@@ -266,7 +266,7 @@ def weighted_sum(T, v):
 def test_the_matrix_of_mamba2_is_what_the_mixer_does(make_lm):
     """Orientation is of no use unless y = T x is what the forward pass computes."""
     mixer, u = make_lm(["mamba2"]).layers[0].mixer, random_inputs(2, 21, 32)
-    x, _, _, _, z, _ = mixer.project(u)
+    x, _, _, z, _ = mixer.project(u)
     T = mixer.mixing_matrix(u, None)
     assert T.dtype == torch.float32 and not T.triu(1).any()
     assert_close(mixer.out_proj(mixer.gate(weighted_sum(T, x), z)), mixer(u, None))
