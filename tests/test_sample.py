@@ -4,7 +4,6 @@ import contextlib
 import copy
 import itertools
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -21,21 +20,20 @@ import decode_kernels
 import sample
 from conftest import ROOT
 from data import load_task, load_tokenizer
-from model import LM, CacheReads
+from model import LM, CacheReads, State
 from sample import Batch, choose_tokens, generate, row_keys, uniforms
 
 PROMPTS = [[7, 3], [1] * 11, [20, 21, 22, 23, 24], [5, 9, 9], [30, 2, 31, 2, 30, 2, 8]]
 STOPS = [11, 12, 13, 14, 40]
 
 
-# ---------------------------------------------------------------------------- random numbers
+# ---- random numbers
 @pytest.mark.parametrize("owner, key, numbers", [
     ((0, 0, 0), 2558736989570252433, (1087546, 418759, 7517065)),
     ((1, 2, 3), 7702586659592502839, (1091238, 3668492, 8311888)),
     ((2 ** 40 + 5, 499, 255), -7340384562543519409, (2258496, 850942, 4753133))])
 def test_random_numbers_are_those_of_runs_long_ago(owner, key, numbers):
-    """Recorded values: a run that was begun goes on with them. Red if the sign bit leaks into a
-    shift."""
+    """Recorded: a run that was begun goes on with them. Red if the sign bit leaks into a shift."""
     keys = row_keys(owner[0], [owner[1:]] * 3)
     assert keys.tolist() == [key] * 3
     assert (uniforms(keys, torch.tensor([0, 1, 895])) * 2 ** 23).tolist() == list(numbers)
@@ -49,33 +47,31 @@ def test_a_random_number_is_splitmix64s():
 
 
 def test_random_numbers_are_uniform_and_independent():
-    """8,000 completions x 25 steps: mean, variance and 100 bins within 4 standard deviations, and
-    no correlation between neighbouring seeds, problems, samples or steps. Red if the key is a sum:
-    problem 1 sample 0 is then problem 0 sample 1."""
+    """20 seeds x 20 problems x 20 samples x 25 steps: mean, variance and 100 bins within 4 standard
+    deviations, and no correlation of neighbours along any of these. Red if the key is a sum: then
+    problem 1, sample 0 is problem 0, sample 1."""
     owners = list(itertools.product(range(20), repeat=2))
-    keys = torch.stack([row_keys(seed, owners) for seed in range(20)])  # (20, 400)
-    assert len(set(keys.flatten().tolist())) == 8000
-    u = uniforms(keys[..., None].expand(-1, -1, 25).flatten(), torch.arange(25).repeat(8000))
-    u = u.double().view(20, 20, 20, 25)
+    keys = torch.cat([row_keys(seed, owners) for seed in range(20)])
+    assert len(set(keys.tolist())) == 8000
+    u = uniforms(keys.repeat_interleave(25), torch.arange(25).repeat(8000)).double()
     assert 0 <= u.min() and u.max() < 1
     assert abs(u.mean() - 1 / 2) < 4 * (1 / 12 / u.numel()) ** 0.5
     assert abs(u.var() - 1 / 12) < 4 * (1 / 180 / u.numel()) ** 0.5
-    expected = u.numel() / 100
-    chi2 = ((torch.histc(u, 100, 0, 1) - expected).square() / expected).sum()
+    chi2 = (torch.histc(u, 100, 0, 1) - 2000).square().sum() / 2000
     assert abs(chi2 - 99) < 4 * (2 * 99) ** 0.5
     for dim in range(4):
-        first, second = ((u - 0.5).movedim(dim, 0)[part] for part in (slice(-1), slice(1, None)))
-        assert abs((first * second).mean() * 12) < 4 / first.numel() ** 0.5
+        u = (u - u.mean()).view(20, 20, 20, 25).movedim(dim, 0)
+        assert abs((u[:-1] * u[1:]).mean() * 12) < 4 / u[1:].numel() ** 0.5
+        u = u.movedim(0, dim)
 
 
-# ---------------------------------------------------------------------------- choosing a token
+# ---- choosing a token
 GRID = (torch.arange(20_000) + 0.5) / 20_000  # evenly spaced random numbers
 
 
-def frequencies(logits, **settings):
+def frequencies(logits, temperature=1.0, **settings):
     """How often each token is chosen: its probability, up to the spacing of GRID."""
-    settings = dict(temperature=1.0) | settings
-    tokens = choose_tokens(logits.expand(len(GRID), -1), GRID, **settings)
+    tokens = choose_tokens(logits.expand(len(GRID), -1), GRID, temperature, **settings)
     return torch.bincount(tokens, minlength=len(logits)).double() / len(GRID)
 
 
@@ -92,10 +88,6 @@ def brute_force(logits, temperature, top_k, top_p):
     return torch.zeros_like(p).index_copy(0, torch.tensor(nucleus), p[nucleus] / p[nucleus].sum())
 
 
-CHOICES = [dict(temperature=t, top_k=k, top_p=p)
-           for t, k, p in itertools.product((0.3, 1.0, 2.0), (0, 1, 7), (1.0, 0.8, 1e-6))]
-
-
 def transformers_p(logits, temperature, top_k, top_p):
     """The distribution by transformers' own warpers."""
     transformers, warped = pytest.importorskip("transformers"), logits[None] / temperature
@@ -110,7 +102,8 @@ def transformers_p(logits, temperature, top_k, top_p):
 def test_tokens_are_chosen_by_temperature_then_top_k_then_top_p(yardstick):
     """Up to two spacings, as a token has two ends; and no other token is ever chosen."""
     logits = 2 * torch.randn(60, generator=torch.Generator().manual_seed(0))
-    for choice in CHOICES:
+    for choice in itertools.product((0.3, 1.0, 2.0), (0, 1, 7), (1.0, 0.8, 1e-6)):
+        choice = dict(zip(("temperature", "top_k", "top_p"), choice))
         found, wanted = frequencies(logits, **choice), yardstick(logits, **choice)
         assert (found - wanted).abs().max() <= 2 / len(GRID), choice
         assert not found[wanted == 0].any(), choice
@@ -139,7 +132,7 @@ def test_tokens_of_probability_zero_are_never_chosen(u):
     assert not hidden[torch.arange(500), tokens].any()
 
 
-# ---------------------------------------------------------------------------- texts
+# ---- texts
 def texts(lm, prompts=PROMPTS, **settings):
     """{(problem, sample): (tokens, finish)} of generate, which yields none twice."""
     completions = list(generate(lm, prompts, **settings))
@@ -196,7 +189,8 @@ def many(hybrid):
 
 @pytest.mark.parametrize("batch_size", [3, 16, 64])
 def test_texts_do_not_depend_on_the_batch_nor_on_what_is_skipped(hybrid, many, batch_size):
-    """A resumed run does what is missing, and the same; fewer samples are a part of more."""
+    """A resumed run does what is missing, and the same; fewer samples are a part of more, and of a
+    billion the first come at once."""
     settings = MANY | dict(batch_size=batch_size)
     assert texts(hybrid, **settings) == many
     skip = {pair for i, pair in enumerate(sorted(many)) if i % 3 or pair[0] == 2}
@@ -205,6 +199,9 @@ def test_texts_do_not_depend_on_the_batch_nor_on_what_is_skipped(hybrid, many, b
     assert texts(hybrid, **settings, skip=list(many)) == {}
     few = texts(hybrid, **settings | dict(num_samples=4))
     assert few == {pair: text for pair, text in many.items() if pair[1] < 4}
+    endless = generate(hybrid, PROMPTS, **settings | dict(num_samples=10 ** 9))
+    for c in itertools.islice(endless, 30):
+        assert c.sample >= 12 or many[c.problem, c.sample] == (c.tokens, c.finish)
 
 
 def test_texts_do_not_depend_on_the_device(hybrid, many):
@@ -231,13 +228,6 @@ def test_completions_come_sample_major_as_they_finish(hybrid):
         assert seconds == sorted(seconds) and seconds[0] > 0
 
 
-def test_a_billion_samples_are_not_listed(hybrid, many):
-    """The first ones come at once, and are those of any run."""
-    settings = MANY | dict(num_samples=10 ** 9, batch_size=16)
-    for c in itertools.islice(generate(hybrid, PROMPTS, **settings), 30):
-        assert c.sample >= 12 or many[c.problem, c.sample] == (c.tokens, c.finish)
-
-
 @pytest.mark.parametrize("steps, batch_size", [(2, 3), (7, 16), (30, 16)])
 def test_texts_do_not_depend_on_how_often_the_host_looks(hybrid, many, monkeypatch, batch_size,
                                                          steps):
@@ -247,17 +237,17 @@ def test_texts_do_not_depend_on_how_often_the_host_looks(hybrid, many, monkeypat
     assert texts(hybrid, batch_size=batch_size, **MANY) == many
 
 
-def test_texts_do_not_depend_on_sorting(hybrid, many, monkeypatch):
-    """At every visit, in groups of two rows; a model whose caches don't grow is never sorted."""
-    sorts, select = [], sample.select
-
-    def count(batch, rows):
-        sorts.append(len(rows) == len(batch.owner))
-        select(batch, rows)
-    for module, name, value in ((sample, "SORT_EVERY", 1), (sample, "SORT_ABOVE", 1.0),
-                                (CacheReads, "ROWS", 2), (sample, "select", count)):
-        monkeypatch.setattr(module, name, value)
+def test_texts_do_not_depend_on_sorting(hybrid, many, make_lm, monkeypatch):
+    """At every visit, in groups of two rows; a model without attention is never sorted."""
+    sorts, select = [], State.select
+    monkeypatch.setattr(State, "select", lambda state, rows: (
+        sorts.append(len(rows) == len(state.lengths)), select(state, rows)))
+    for owner, name, value in ((sample, "SORT_EVERY", 1), (sample, "SORT_ABOVE", 1.0),
+                               (CacheReads, "ROWS", 2)):
+        monkeypatch.setattr(owner, name, value)
     assert texts(hybrid, batch_size=16, **MANY) == many and any(sorts)
+    sorts.clear()
+    assert texts(make_lm(["mamba2", "mamba"]), batch_size=16, **MANY) and not any(sorts)
 
 
 class NoCopies(TorchDispatchMode):
@@ -288,8 +278,7 @@ def test_a_step_moves_nothing_to_or_from_the_host(make_lm, pattern, monkeypatch,
 
 def addresses(batch):
     """Where the tensors of a batch lie, those of its state among them."""
-    caches = (tensor for layer in batch.state.layers for tensor in layer.values())
-    tensors = [*vars(batch).values(), batch.state.lengths, *caches]
+    tensors = tree_leaves([vars(batch), batch.state.lengths, batch.state.layers])
     return [tensor.data_ptr() for tensor in tensors if isinstance(tensor, torch.Tensor)]
 
 
@@ -325,7 +314,7 @@ def test_recorded_steps_find_their_tensors_where_they_were(hybrid, many, monkeyp
     def record_or_run(batch):
         if Graph.recording is None:
             return step(batch)
-        Graph.sizes.append(len(batch.owner))
+        Graph.sizes.append(len(batch.done))
         vars(Graph.recording).update(batch=batch, before=addresses(batch), step=step)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", recording)
@@ -336,18 +325,14 @@ def test_recorded_steps_find_their_tensors_where_they_were(hybrid, many, monkeyp
     assert len(Graph.sizes) == 1 if batch_size == 1 else 1 < len(Graph.sizes) <= 9
 
 
-# ---------------------------------------------------------------------------- no work for nothing
+# ---- no work for nothing
 @pytest.fixture
 def watch(hybrid):
     """The rows of every decoding step, and the lengths of the prompts of every prefill."""
     seen = SimpleNamespace(rows=[], prefills=[])
-
-    def note(module, inputs):
-        if len(inputs) == 3:
-            seen.prefills.append(inputs[2].tolist())
-        else:
-            seen.rows.append(len(inputs[0]))
-    hook = hybrid.register_forward_pre_hook(note)
+    hook = hybrid.register_forward_pre_hook(lambda module, inputs: (
+        seen.prefills.append(inputs[2].tolist()) if len(inputs) == 3
+        else seen.rows.append(len(inputs[0]))))
     yield seen
     hook.remove()
 
@@ -391,7 +376,7 @@ def test_what_cannot_be_is_refused_with_its_value(hybrid, settings, message):
         texts(hybrid, **settings)
 
 
-# ---------------------------------------------------------------------------- samples.jsonl
+# ---- samples.jsonl
 FIELDS = ["problem", "sample", "question", "gold", "completion", "num_tokens", "finish", "seconds"]
 OPTIONS = ["--limit", "4", "--max-new-tokens", "12", "--batch-size", "6", "--device", "cpu"]
 FIVE = ["--num-samples", "5"]
@@ -445,6 +430,10 @@ def untimed(folder):
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def settings_of(folder):
+    return json.loads((folder / "samples.json").read_text())["settings"]
 
 
 def test_a_run_is_recorded_as_documented(sampled, models, task_file):
@@ -533,8 +522,7 @@ def test_a_run_too_short_for_a_sample_says_so_and_refuses_none(arguments, tmp_pa
         sample.main(arguments(tmp_path, "--num-samples", str(count), "--seed", "7",
                               "--batch-size", "256"))
         assert len(records(tmp_path / "pure")) == 4 * count
-    settings = json.loads((tmp_path / "pure" / "samples.json").read_text())["settings"]
-    assert settings["seed"] == 7
+    assert settings_of(tmp_path / "pure")["seed"] == 7
 
 
 @pytest.mark.parametrize("options, name", [
@@ -542,8 +530,8 @@ def test_a_run_too_short_for_a_sample_says_so_and_refuses_none(arguments, tmp_pa
     (["--max-new-tokens", "13"], "max_new_tokens = "), (["--limit", "5"], "problems = "),
     (["--batch-size", "5"], "batch_size = "), (["--top-k", "3"], "top_k = "),
     (["--top-p", "0.9"], "top_p = "), (["--dtype", "bfloat16"], "dtype = "),
-    (["--task", "arithmetic"], "problem 0 is not of this run"), (["--limit", "3"], "problem 3 is "),
-    (["--subset-seed", "1"], "problem 0 is not"), (["--model", "WEIGHTS"], "weights = ")], ids=str)
+    (["--task", "arithmetic"], "problem 0, sample "), (["--limit", "3"], "problem 3, sample "),
+    (["--subset-seed", "1"], "problem 0, sample "), (["--model", "WEIGHTS"], "weights = ")], ids=str)
 def test_another_run_is_refused_by_name_and_nothing_is_touched(begun, arguments, models, tmp_path,
                                                                options, name):
     """Not even a torn last line is cut: mixed samples could not be told apart afterwards."""
@@ -552,7 +540,7 @@ def test_another_run_is_refused_by_name_and_nothing_is_touched(begun, arguments,
     with open(begun / "samples.jsonl", "ab") as f:
         f.write(b'{"problem": 1, "sam')
     before = contents(begun)
-    with pytest.raises(ValueError, match=f"{name}.*another --out"):
+    with pytest.raises(ValueError, match=f"{name}.*choose another"):
         sample.main(arguments(begun.parent, *FIVE, *options))
     assert contents(begun) == before
 
@@ -568,34 +556,29 @@ def test_records_that_cannot_be_of_this_run_are_named(begun, arguments, change, 
         lines = (begun / "samples.jsonl").read_bytes().splitlines(keepends=True)
         (begun / "samples.jsonl").write_bytes(b"".join(change(lines)))
     else:
-        os.remove(begun / "samples.json")
+        (begun / "samples.json").unlink()
     before = contents(begun)
     with pytest.raises(ValueError, match=message):
         sample.main(arguments(begun.parent, *FIVE))
     assert contents(begun) == before
 
 
-def torchrun(*line):
-    """Run sample.py by two processes of torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return subprocess.run([*command, ROOT / "sample.py", *line], capture_output=True, text=True,
-                          timeout=120)
-
-
 def test_two_processes_share_the_problems_and_write_what_one_writes(sampled, arguments, tmp_path):
     """One file, a record for each completion, the same texts. Red if a process takes another's
     problems, or a text depends on who drew it."""
-    done = torchrun(*arguments(tmp_path, *FIVE))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         ROOT / "sample.py", *arguments(tmp_path, *FIVE)], capture_output=True, text=True,
+        timeout=120)
     assert done.returncode == 0, done.stderr
     assert untimed(tmp_path / "pure") == untimed(sampled)
-    settings = json.loads((tmp_path / "pure" / "samples.json").read_text())["settings"]
-    assert settings["processes"] == 2
+    assert settings_of(tmp_path / "pure")["processes"] == 2
 
 
 def test_more_processes_than_problems_are_refused(arguments, tmp_path, monkeypatch):
     """One without a problem would search a billion pairs for one of its own."""
     monkeypatch.setattr(sample.parallel, "world", lambda: 5)
-    with pytest.raises(ValueError, match="4 problems are too few for 5 processes"):
+    with pytest.raises(ValueError, match="4 problems: too few for 5 processes"):
         sample.main(arguments(tmp_path, "--seconds", "1"))
 
 
@@ -610,8 +593,9 @@ def test_a_model_is_named_by_its_folder(models, sampled, arguments, tmp_path, mo
     sample.main(line)
     assert untimed(tmp_path / "all" / "pure") == untimed(sampled)
     assert len(records(tmp_path / "all" / "hybrid")) == 20
-    with pytest.raises(ValueError, match="two models are named pure"):
-        sample.main(["--model", str(models / "pure"), str(tmp_path / "all" / "pure"), *line])
+    shutil.copytree(models / "hybrid", tmp_path / "pure")
+    with pytest.raises(ValueError, match="pure/samples.json is of a run.*weights"):
+        sample.main(["--model", str(models / "pure"), str(tmp_path / "pure"), *line])
 
 
 def test_every_option_reaches_generate_and_the_prompt_is_put_around_the_question(
@@ -631,6 +615,7 @@ def test_every_option_reaches_generate_and_the_prompt_is_put_around_the_question
     assert chosen != problems[:4]
     assert any(isinstance(module, decode_kernels.Products) for module in seen.pop("lm").modules())
     assert seen.pop("prompts") == [tokenizer.chat(f"Q {p.question} A") for p in chosen]
-    assert not set(itertools.product(range(4), range(3))) & set(seen.pop("skip").done)
+    assert not any(pair in seen["skip"] for pair in itertools.product(range(4), range(3)))
     assert seen == dict(num_samples=3, max_new_tokens=9, temperature=0.4, top_k=7, top_p=0.6,
-                        batch_size=2, seed=8, stop_ids=tokenizer.eos_ids, seconds=50)
+                        batch_size=2, seed=8, stop_ids=tokenizer.eos_ids, seconds=50,
+                        skip=set())
