@@ -5,9 +5,8 @@
     python sample.py --split train --limit 500 --num-samples 4 --out out/train    to learn from
     torchrun --nproc_per_node=8 sample.py ...       each process takes its share of the problems
 
-Reads   out/<name>/, checkpoints of distill.py
-Writes  out/<name>/samples.jsonl, a record per completion; samples.json, the settings of the run
-Rerunning goes on where a run stopped. Teacher and students go through the same loop and tricks.
+Writes out/<name>/samples.jsonl, a record per completion, and samples.json, the settings. Rerunning
+goes on where a run stopped. Teacher and students go through the same loop and tricks.
 """
 import functools
 import itertools
@@ -34,8 +33,7 @@ from model import LM, CacheReads
 # ---- random numbers
 # One uniform number for each step of each completion, a pure function of (seed, problem, sample,
 # step): SplitMix64 (Steele, Lea & Flood 2014). So in float32 on a CPU neither batch size, nor
-# order, nor a restart changes a text, up to ties. (In half precision on a GPU products depend on
-# the number of rows.)
+# order, nor a restart changes a text, up to ties. (In half precision products depend on the batch.)
 WEYL = 0x9E3779B97F4A7C15 - 2 ** 64  # 2^64 / golden ratio, odd; int64 wraps around
 
 
@@ -49,7 +47,7 @@ def mix(x):
 
 
 def row_keys(seed, owners):
-    """64 bits for each (problem, sample), that belong to it and to nothing else: (B,) int64."""
+    """64 bits for each (problem, sample) and for nothing else: (B,) int64."""
     keys = torch.zeros(len(owners), dtype=torch.long)
     for part in (torch.full_like(keys, seed), *torch.tensor(owners).unbind(1)):
         keys = mix(keys + WEYL + part)
@@ -59,7 +57,7 @@ def row_keys(seed, owners):
 def uniforms(keys, steps):
     """Numbers in [0, 1) for keys and steps (B,): (B,) float32.
 
-    They have 23 bits, so that u * total in choose_tokens never rounds up to total.
+    Of 23 bits, so that u * total in choose_tokens never rounds up to total.
     """
     return ((mix(keys + (steps + 1) * WEYL) >> 41) & (2 ** 23 - 1)).float() * 2.0 ** -23
 
@@ -90,18 +88,6 @@ def choose_tokens(logits, u, temperature, top_k=0, top_p=1.0):
 
 
 # ---- prompts
-def packs(items, length, budget):
-    """Yield lists of items, the shortest first, of `budget` tokens with padding, or of one item."""
-    pack = []
-    for item in sorted(items, key=length):
-        if pack and (len(pack) + 1) * length(item) > budget:
-            yield pack
-            pack = []
-        pack.append(item)
-    if pack:
-        yield pack
-
-
 class Prompts:
     """Runs each prompt through the model once, when its first sample is to start, many in a pass.
 
@@ -109,28 +95,31 @@ class Prompts:
     are a convolution whose window ends in the padding, and a state that goes on decaying over it:
     the mixers of model.py take each row's own end (counts), and make no step for padding.
     """
-    TOKENS = 8192  # of a pass: bounds its memory, however many prompts there are
+    TOKENS = 8192  # of a pass, which bounds its memory
 
     def __init__(self, lm, prompts):
         self.lm, self.prompts = lm, prompts
-        self.passes = []  # of each: {problem: row}, state, logits (B, V) of the first tokens
+        self.passes = []  # of each: {problem: its row}, state, logits (B, V) of token 1
 
     def run(self, problems):
-        """Run the prompts of these problems that have not been run."""
-        new = set(problems).difference(*(rows for rows, _, _ in self.passes))
-        for pack in packs(new, lambda problem: len(self.prompts[problem]), self.TOKENS):
-            texts = [torch.tensor(self.prompts[problem]) for problem in pack]
-            tokens = pad_sequence(texts, batch_first=True).to(self.lm.device)  # (B, L)
-            counts = torch.tensor([len(text) for text in texts], device=self.lm.device)
+        """Run the prompts of these problems that have not been run, the longest first."""
+        new = set(problems).difference(*(places for places, _, _ in self.passes))
+        new = sorted(new, key=lambda problem: len(self.prompts[problem]), reverse=True)
+        while new:
+            size = max(1, self.TOKENS // len(self.prompts[new[0]]))
+            pack, new = new[:size], new[size:]
+            rows = [torch.tensor(self.prompts[problem]) for problem in pack]
+            tokens = pad_sequence(rows, batch_first=True).to(self.lm.device)  # (B, L)
+            counts = torch.tensor([len(row) for row in rows], device=self.lm.device)
             state = self.lm.init_state(*tokens.shape)
             logits = self.lm(tokens, state, counts)[:, 0]
-            self.passes.append(({problem: row for row, problem in enumerate(pack)}, state, logits))
+            self.passes.append(({problem: i for i, problem in enumerate(pack)}, state, logits))
 
 
 # ---- the batch
 @dataclass
 class Completion:
-    """One sampled text. finish: "stop" or "length"; seconds: since all of the generation began."""
+    """One sampled text. finish: "stop" or "length"; seconds: since generation began."""
     problem: int
     sample: int
     tokens: list  # without the stop id
@@ -141,8 +130,8 @@ class Completion:
 class Batch:
     """The rows being decoded: each belongs to one (problem, sample), its owner, or is empty.
 
-    All that a step reads and writes is a tensor that stays where it is; the host looks at them only
-    between steps, to read out the rows that are done and to start others in their place.
+    All that a step reads and writes is a tensor that stays where it is. The host looks only between
+    steps, to read out the rows that are done and to start others in their place.
     """
 
     def __init__(self, lm, size, max_length, max_new_tokens, stop_ids, choose):
@@ -171,7 +160,7 @@ class Batch:
         self.steps[rows], self.done[rows] = 0, False
 
     def step(self):
-        """One more token in every row. Nothing here waits for a number to reach the host.
+        """One more token in every row, without waiting for a number to reach the host.
 
         A done row runs along: it starts over at length 0, and its token goes behind its end.
         """
@@ -197,10 +186,10 @@ def generate(lm, prompts, *, num_samples=1, max_new_tokens=256, temperature=1.0,
              top_p=1.0, batch_size=64, stop_ids=(), seed=0, skip=(), seconds=float("inf")):
     """Yield a Completion of every prompt, num_samples times, each as soon as it is finished.
 
-    prompts: lists of token ids, of any lengths. skip: (problem, sample) pairs not to run. seconds:
-    when to end; rows still running are dropped. top_k and top_p act after the temperature, and
-    temperature 0 is greedy. In float32 on a CPU, batch_size and skip change no text, up to ties.
-    ValueError for an empty prompt or a setting out of range.
+    prompts: lists of token ids. skip: (problem, sample) pairs not to run. seconds: when to end;
+    rows still running are dropped. top_k and top_p act after the temperature, and 0 is greedy. In
+    float32 on a CPU, batch_size and skip change no text, up to ties. ValueError for an empty prompt
+    or a setting out of range.
     """
     choice = dict(temperature=temperature, top_k=top_k, top_p=top_p)
     check_settings(prompts, num_samples=num_samples, max_new_tokens=max_new_tokens,
@@ -236,13 +225,13 @@ SORT_EVERY, SORT_ABOVE = 16, 1.2  # visits between checks; columns read per colu
 
 
 def advance(batch):
-    """Run the steps up to the host's next visit: on a GPU, where it has to wait, several."""
+    """Run the steps up to the host's next visit: several on a GPU, where it has to wait."""
     device = batch.lm.device.type
     for _ in range(VISIT_EVERY.get(device, 1)):
         if batch.graph is not None:
             batch.graph.replay()
             continue
-        batch.step()  # the first one as it is: kernels are compiled then, which can't be recorded
+        batch.step()  # the first one as it is: it compiles kernels, which can't be recorded
         if device == "cuda":
             batch.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(batch.graph):
@@ -250,13 +239,13 @@ def advance(batch):
 
 
 def tidy(batch):
-    """Drop empty rows once a quarter is empty. On a CPU, sort rows by length where attention, which
+    """Drop empty rows once a quarter is empty. On a CPU, sort rows by length if attention, which
     reads groups of rows up to the longest of each, reads much in vain."""
     rows, lengths = sorted(batch.owner), batch.state.lengths
     batch.visits += 1
     if len(rows) > 0.75 * len(lengths):
-        grows = any("keys" in cache for cache in batch.state.layers)
-        if batch.visits % SORT_EVERY or batch.lm.device.type != "cpu" or not grows:
+        attends = any("keys" in cache for cache in batch.state.layers)
+        if batch.visits % SORT_EVERY or batch.lm.device.type != "cpu" or not attends:
             return
         read = sum(int(group.max()) * len(group) for group in lengths.split(CacheReads.ROWS))
         if read <= SORT_ABOVE * int(lengths.sum()):
@@ -270,13 +259,11 @@ def tidy(batch):
     batch.graph = None  # these are other tensors: what was recorded is void
 
 
-RANGES = dict(temperature=(0, 1000), top_k=(0, 10 ** 12), top_p=(1e-300, 1))  # others: from 1
-
-
 def check_settings(prompts, **settings):
     """ValueError for a number out of range or an empty prompt."""
+    ranges = dict(temperature=(0, 1000), top_k=(0, 1e12), top_p=(1e-300, 1))
     for name, value in settings.items():
-        least, most = RANGES.get(name, (1, 10 ** 12))
+        least, most = ranges.get(name, (1, 1e12))
         if not least <= value <= most:  # refuses nan too
             raise ValueError(f"{name} = {value} is out of range, {least:g} to {most:g}")
     if 0 in (lengths := [len(prompt) for prompt in prompts]):
@@ -290,12 +277,12 @@ RECORD = dict(problem=int, sample=int, question=str, gold=str, completion=str, n
 
 def resume(path, lm, fields, belongs, settings, **about):
     """({(problem, sample): record}, seconds) of a run so far, which may append to this .jsonl file
-    from now on. ValueError, and no change, if it is another run's by the .json file beside it."""
+    from now on. ValueError, and no change, if the .json beside it tells of another run."""
     beside, records = path.with_suffix(".json"), {}
     begun = path.exists() and path.stat().st_size
     if "settings" not in read_json(beside) if beside.exists() else begun:
-        raise ValueError(f"{beside} is missing or does not say how {path} was made: "
-                         f"delete the latter, or choose another place")
+        raise ValueError(f"{beside}, the settings of {path}, is missing or another file: delete "
+                         f"the latter, or choose another place")
     for record in read_jsonl(path, fields, torn=True):
         pair = record["problem"], record["sample"]
         if pair in records or not belongs(record):
@@ -315,7 +302,7 @@ def resume(path, lm, fields, belongs, settings, **about):
 
 
 def append(path, records, spent, **bar):
-    """Write records as they come, a line with one write; `spent` seconds went by before."""
+    """Write each record as it comes; `spent` seconds went by before this command."""
     parallel.wait()  # all clocks start together
     with open(path, "ab", buffering=0) as f:
         for record in tqdm(records, path.parent.name, disable=parallel.rank() > 0, **bar,
@@ -325,7 +312,7 @@ def append(path, records, spent, **bar):
 
 
 class NotMine(set):
-    """What this process does not run: these pairs, and the other processes' problems."""
+    """These pairs, and those of other processes: each takes every world()-th problem."""
 
     def __contains__(self, pair):
         return super().__contains__(pair) or pair[0] % parallel.world() != parallel.rank()
@@ -335,18 +322,18 @@ def sample_model(model, folder, problems, template, knobs, most, seconds, device
     """Sample one model into folder/samples.jsonl, going on where an earlier run stopped.
 
     template: the text around a question; knobs: settings of generate. It ends with `most` samples
-    of each problem, or after `seconds`. Of several processes each takes every world()-th problem.
+    of each problem, or after `seconds`.
     """
     tokenizer, path = load_tokenizer(model), Path(folder, "samples.jsonl")
-    prompts = [tokenizer.chat(template.replace("{question}", p.question)) for p in problems]
     lm = LM.from_pretrained(model, device, dtype).eval()
-    params = lm.num_parameters()  # what prepare joins is no longer a parameter
-    asked = dict(enumerate((p.question, p.answer) for p in problems))
-    done, spent = resume(
-        path, prepare(lm), RECORD, lambda r: asked.get(r["problem"]) == (r["question"], r["gold"]),
-        knobs | dict(prompt=template, problems=len(problems), weights=hub.fingerprint(model),
-                     questions=crc(repr(list(asked.values())))),
-        params=params, device=device_name(device), torch=torch.__version__)
+    about = dict(params=lm.num_parameters(), device=device_name(device), torch=torch.__version__)
+    prepare(lm)  # what it joins is no longer a parameter
+    asked = [(problem.question, problem.answer) for problem in problems]
+    prompts = [tokenizer.chat(template.replace("{question}", question)) for question, _ in asked]
+    settings = knobs | dict(prompt=template, problems=len(asked), questions=crc(repr(asked)),
+                            weights=hub.fingerprint(model))
+    done, spent = resume(path, lm, RECORD, lambda r: (r["question"], r["gold"])
+                         in asked[r["problem"]:][:1], settings, **about)
 
     def draw(seconds):
         for c in generate(lm, prompts, num_samples=most, stop_ids=tokenizer.eos_ids,
@@ -362,20 +349,21 @@ def sample_model(model, folder, problems, template, knobs, most, seconds, device
 
 
 def summary(path):
-    """How many samples there are, how fast they were drawn, and the last, cut in the middle."""
+    """The number of samples, their speed, and the last one, cut in the middle."""
     records = read_jsonl(path, RECORD)
     if not records:
         return f"{path}: no sample was finished, give it more --seconds"
     last, text = records[-1], records[-1]["completion"]
     speed = sum(record["num_tokens"] for record in records) / last["seconds"]
     verdict = "right" if is_correct(extract_answer(text) or "", last["gold"]) else "wrong"
-    text = text if len(text) <= 240 else f"{text[:120]} ... {text[-120:]}"
+    if len(text) > 240:
+        text = f"{text[:120]} ... {text[-120:]}"
     return (f"{path}: {len(records):,} samples, {speed:,.0f} tokens/s. The last is {verdict}:\n"
             f"{last['question']}\n{text}")
 
 
 # ---- the script
-SECONDS = 60  # of each model if nothing else is asked for: the main command takes 9 minutes
+SECONDS = 60  # of each model by default: the main command takes 9 minutes
 
 
 def parse_args(argv=None):
@@ -386,8 +374,8 @@ def parse_args(argv=None):
     add("--split", choices=["train", "test"], default="test", help="of the task")
     add("--limit", type=number(1), default=72, help="how many problems")
     add("--subset-seed", type=number(0), help="take them at random; default: the first")
-    add("--prompt-file", help="the text around {question}; default: none for arithmetic, else "
-        "an instruction to reason step by step")
+    add("--prompt-file", help="text around {question}; default: an instruction to reason step by "
+        "step, but none for arithmetic")
     add = parser.add_argument_group("how long").add_argument
     add("--seconds", type=number(0.1, 1e9, float), help=f"for each model; default: {SECONDS}, or "
         f"no limit with --num-samples")
@@ -399,8 +387,7 @@ def parse_args(argv=None):
     add("--top-p", type=number(1e-6, 1, float), default=1.0, help="keep the likeliest of this mass")
     add("--seed", type=number(0, 2 ** 31), default=0, help="of the random numbers")
     add = parser.add_argument_group("where and how to compute").add_argument
-    add("--batch-size", type=number(1, 10 ** 6), help="completions decoded at a time; default: "
-        "256 on a CPU, 2048 on a GPU")
+    add("--batch-size", type=number(1, 10 ** 6), help="default: 256 on a CPU, 2048 on a GPU")
     add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda, else float32")
     add("--out", default="out", help="samples go to OUT/<model's name>/samples.jsonl")
@@ -421,14 +408,13 @@ def main(argv=None):
         knobs = dict(seed=args.seed, batch_size=size, max_new_tokens=args.max_new_tokens,
                      temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
         template = prompt_template(args.task, args.prompt_file)
+        most = args.num_samples or 10 ** 9
         seconds = args.seconds or (float("inf") if args.num_samples else SECONDS)
-        print(f"{len(problems)} problems of {args.task}, {seconds:g} seconds for each of "
-              f"{', '.join(models)}", flush=True)
+        print(f"{len(problems)} problems of {args.task}, {seconds:g} seconds a model", flush=True)
         for model in models:
             name = os.path.basename(os.path.abspath(model))
             with parallel.exclusively(os.path.join(args.out, name)) as folder:
-                sample_model(model, folder, problems, template, knobs, args.num_samples or 10 ** 9,
-                             seconds, device, dtype)
+                sample_model(model, folder, problems, template, knobs, most, seconds, device, dtype)
 
 
 if __name__ == "__main__":
