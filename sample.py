@@ -6,7 +6,7 @@
     torchrun --nproc_per_node=8 sample.py ...       each process takes its share of the problems
 
 Writes out/<name>/samples.jsonl, a record per completion, and samples.json, the settings. Rerunning
-goes on where a run stopped. Teacher and students go through the same loop and tricks.
+goes on where a run stopped. Teacher and students go through the same loop.
 """
 import functools
 import itertools
@@ -41,7 +41,7 @@ def mix(x):
     """SplitMix64's finaliser of int64 tensors: every bit depends on every bit."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2 ** 64), (27, 0x94D049BB133111EB - 2 ** 64),
                           (31, 1)):
-        logical = (x >> shift) & (2 ** (64 - shift) - 1)  # >> copies the sign bit: mask it away
+        logical = (x >> shift) & (2 ** (64 - shift) - 1)  # >> copies the sign bit
         x = (x ^ logical) * factor
     return x
 
@@ -91,9 +91,9 @@ def choose_tokens(logits, u, temperature, top_k=0, top_p=1.0):
 class Prompts:
     """Runs each prompt through the model once, when its first sample is to start, many in a pass.
 
-    The rows of a pass are padded on the right, and padding must be a no-op. Known bugs elsewhere
-    are a convolution whose window ends in the padding, and a state that goes on decaying over it:
-    the mixers of model.py take each row's own end (counts), and make no step for padding.
+    Rows are padded on the right, and padding must be a no-op. Known bugs elsewhere are a
+    convolution whose window ends in the padding, and a state that goes on decaying over it: the
+    mixers of model.py take each row's own end (counts), and make no step for padding.
     """
     TOKENS = 8192  # of a pass, which bounds its memory
 
@@ -145,7 +145,7 @@ class Batch:
         self.visits, self.graph = 0, None  # see tidy and advance
 
     def start(self, rows, owners, seed, prompts):
-        """Begin these completions in these empty rows, each from the state after its prompt."""
+        """Begin these completions in empty rows, each from the state after its prompt."""
         prompts.run([problem for problem, _ in owners])
         for places, state, logits in prompts.passes:
             pairs = [(row, places[problem]) for row, (problem, _) in zip(rows, owners)
@@ -235,7 +235,7 @@ def advance(batch):
         if device == "cuda":
             batch.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(batch.graph):
-                batch.step()  # recorded, not run: from now on one launch instead of hundreds
+                batch.step()  # recorded, not run: one launch instead of hundreds
 
 
 def tidy(batch):
@@ -276,18 +276,18 @@ RECORD = dict(problem=int, sample=int, question=str, gold=str, completion=str, n
 
 
 def resume(path, lm, fields, belongs, settings, **about):
-    """({(problem, sample): record}, seconds) of a run so far, which may append to this .jsonl file
-    from now on. ValueError, and no change, if the .json beside it tells of another run."""
+    """({(problem, sample): record}, seconds) of the run so far that may append to a .jsonl file.
+    ValueError, and no change, if it holds or the .json beside it tells of another run."""
     beside, records = path.with_suffix(".json"), {}
     begun = path.exists() and path.stat().st_size
     if "settings" not in read_json(beside) if beside.exists() else begun:
-        raise ValueError(f"{beside}, the settings of {path}, is missing or another file: delete "
-                         f"the latter, or choose another place")
+        raise ValueError(f"{beside}, the settings of {path}, is missing or foreign: choose "
+                         f"another place, or delete the latter")
     for record in read_jsonl(path, fields, torn=True):
         pair = record["problem"], record["sample"]
         if pair in records or not belongs(record):
             raise ValueError(f"{path}: problem {pair[0]}, sample {pair[1]} is there twice or of "
-                             f"another run: delete the file, or choose another place")
+                             f"another run: choose another place, or delete the file")
         records[pair] = record
     settings = settings | dict(processes=parallel.world(), device=lm.device.type,
                                dtype=str(lm.dtype).removeprefix("torch."))
@@ -319,16 +319,13 @@ class NotMine(set):
 
 
 def sample_model(model, folder, problems, template, knobs, most, seconds, device, dtype):
-    """Sample one model into folder/samples.jsonl, going on where an earlier run stopped.
-
-    template: the text around a question; knobs: settings of generate. It ends with `most` samples
-    of each problem, or after `seconds`.
-    """
+    """Sample one model into folder/samples.jsonl, going on where an earlier run stopped, up to
+    `most` samples of each problem. template: the text around a question; knobs: of generate."""
     tokenizer, path = load_tokenizer(model), Path(folder, "samples.jsonl")
     lm = LM.from_pretrained(model, device, dtype).eval()
     about = dict(params=lm.num_parameters(), device=device_name(device), torch=torch.__version__)
     prepare(lm)  # what it joins is no longer a parameter
-    asked = [(problem.question, problem.answer) for problem in problems]
+    asked = [(p.question, p.answer) for p in problems]
     prompts = [tokenizer.chat(template.replace("{question}", question)) for question, _ in asked]
     settings = knobs | dict(prompt=template, problems=len(asked), questions=crc(repr(asked)),
                             weights=hub.fingerprint(model))
@@ -356,8 +353,7 @@ def summary(path):
     last, text = records[-1], records[-1]["completion"]
     speed = sum(record["num_tokens"] for record in records) / last["seconds"]
     verdict = "right" if is_correct(extract_answer(text) or "", last["gold"]) else "wrong"
-    if len(text) > 240:
-        text = f"{text[:120]} ... {text[-120:]}"
+    text = text if len(text) < 250 else f"{text[:120]} ... {text[-120:]}"
     return (f"{path}: {len(records):,} samples, {speed:,.0f} tokens/s. The last is {verdict}:\n"
             f"{last['question']}\n{text}")
 
@@ -374,8 +370,8 @@ def parse_args(argv=None):
     add("--split", choices=["train", "test"], default="test", help="of the task")
     add("--limit", type=number(1), default=72, help="how many problems")
     add("--subset-seed", type=number(0), help="take them at random; default: the first")
-    add("--prompt-file", help="text around {question}; default: an instruction to reason step by "
-        "step, but none for arithmetic")
+    add("--prompt-file", help="text around {question}; default: an instruction to reason, but none "
+        "for arithmetic")
     add = parser.add_argument_group("how long").add_argument
     add("--seconds", type=number(0.1, 1e9, float), help=f"for each model; default: {SECONDS}, or "
         f"no limit with --num-samples")

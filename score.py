@@ -7,13 +7,12 @@
 Writes out/<name>/scores.jsonl, a record per completion, and scores.json, the settings. Rerunning
 goes on where a run stopped. torchrun shares the work.
 
-The likelihood of a text under a language model needs no training, and reading many texts at once is
-far cheaper than writing them token by token: so a slow teacher can judge what a fast student wrote.
-A process reward model (Lightman et al. 2023) judges every step of a solution. That of RLHFlow,
-which search-and-learn uses, is a language model, fine-tuned for a dialogue: each turn of the user
-is a step, and it answers "+" if all is well so far, "-" if not.
+The likelihood of a text under a language model needs no training, and reading texts is far cheaper
+than writing them token by token: so a slow teacher can judge what a fast student wrote. A process
+reward model (Lightman et al. 2023) judges every step of a solution. That of RLHFlow, which
+search-and-learn uses, is a language model fine-tuned for a dialogue: each turn of the user is a
+step, and it answers "+" if all is well so far, "-" if not.
 """
-import functools
 import math
 import os
 import time
@@ -59,7 +58,7 @@ class Likelihood:
         The head sees one text at a time: logits of a batch would be the largest tensor by far.
         """
         logits = self.lm.head(x[None, text.positions])[0].float()  # (tokens judged, V)
-        targets = torch.tensor([text.ids[i + 1] for i in text.positions], device=x.device)
+        targets = torch.tensor(text.ids[1:], device=x.device)[text.positions]
         return [math.exp(-F.cross_entropy(logits, targets, reduction="sum"))]
 
 
@@ -128,7 +127,7 @@ def batches(judge, records, template, budget):
 FIELDS = dict(problem=int, sample=int, score=float, num_tokens=int, seconds=float, crc=str)
 
 
-def score_samples(folder, to, judge, settings, aggregate, budget):
+def score_samples(folder, to, judge, settings, budget):
     """Scores of all samples in a folder into the file `to` there, going on where a run stopped.
 
     Every problem's first samples come first: so their `seconds` are what choosing among k costs.
@@ -138,7 +137,7 @@ def score_samples(folder, to, judge, settings, aggregate, budget):
     if not records:
         raise ValueError(f"no samples in {folder}: run python sample.py first")
     origin = read_json(origin).get("settings", {}) if origin.exists() else {}
-    template = origin.get("prompt") or INSTRUCTION
+    template, aggregate = origin.get("prompt") or INSTRUCTION, AGGREGATE[settings["aggregate"]]
     texts = {(r["problem"], r["sample"]): crc(r["completion"]) for r in records}
     done, spent = resume(path, judge.lm, FIELDS, lambda r: r["crc"] == texts.get(
         (r["problem"], r["sample"])), settings | dict(prompt=template))
@@ -189,18 +188,17 @@ def main(argv=None):
         if not names or not set(names) <= set(there):
             raise ValueError(f"no samples of {' or '.join(names) or 'a model'} under {args.out}/: "
                              f"run python sample.py first")
-
-        @functools.cache
-        def load(source):
-            lm = LM.from_pretrained(source, device, dtype).eval().requires_grad_(False)
-            return KINDS[args.kind](lm, load_tokenizer(source)), dict(
-                kind=args.kind, aggregate=args.aggregate, weights=hub.fingerprint(source))
+        judges = {}  # folder -> (judge, fingerprint)
         for name in names:
             teacher = "teacher-small" if name.endswith("-small") else "teacher"
-            judge, settings = load(args.judge or os.path.join(args.out, teacher))
+            source = args.judge or os.path.join(args.out, teacher)
+            if source not in judges:
+                lm, tokenizer = LM.from_pretrained(source, device, dtype), load_tokenizer(source)
+                judges[source] = KINDS[args.kind](lm.eval(), tokenizer), hub.fingerprint(source)
+            judge, weights = judges[source]
+            settings = dict(kind=args.kind, aggregate=args.aggregate, weights=weights)
             with parallel.exclusively(os.path.join(args.out, name)) as folder:
-                score_samples(folder, args.to, judge, settings, AGGREGATE[args.aggregate],
-                              args.tokens)
+                score_samples(folder, args.to, judge, settings, args.tokens)
 
 
 if __name__ == "__main__":

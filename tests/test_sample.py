@@ -502,7 +502,7 @@ def test_a_batch_may_be_larger_than_what_there_is_to_do(line, tmp_path):
     (["--subset-seed", "1"], "problem 0, sample "), (["--model", "TRAINED ANEW"], "weights = "),
     (b'{"problem": 0, "sa\n', "samples.jsonl, line 21"), (b'{"problem": 0}\n', "sample is missing"),
     (dict(sample=9), "problem 0, sample 9 is there twice"), (dict(problem=99), "problem 99, "),
-    (None, "samples.json, the settings .* is missing")], ids=str)
+    (None, "samples.json, the settings of .* is missing")], ids=str)
 def test_what_is_not_of_this_run_is_refused_by_name_and_nothing_is_touched(
         begun, line, models, tmp_path, options, message):
     """Other settings, or records that are damaged, twice there, or of another problem. Not even a

@@ -41,7 +41,7 @@ def out(tmp_path, monkeypatch):
         write(folder, [dict(
             problem=p, sample=s, question=f"Start with 4821. Do +7 {p} times.", gold="7",
             completion="\n\n".join([f"{folder.name} {p}"] * (p * s % 4 + p % 2)) + "\n\n \n\n" * p,
-            num_tokens=3, finish=("stop", "length")[p % 2], seconds=0.1 * s)
+            num_tokens=3, finish=("stop", "length")[(p + s) % 2], seconds=0.1 * s)
             for s in reversed(range(5)) for p in range(4)])
         (folder / "samples.json").write_text('{"settings": {"prompt": "Do {question}!"}}')
     return tmp_path / "out"
