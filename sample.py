@@ -276,8 +276,8 @@ RECORD = dict(problem=int, sample=int, question=str, gold=str, completion=str, n
 
 
 def resume(path, lm, fields, belongs, settings, **about):
-    """({(problem, sample): record}, seconds) of the run so far that may append to a .jsonl file.
-    ValueError, and no change, if it holds or the .json beside it tells of another run."""
+    """({(problem, sample): record}, seconds) of a run so far, which may append to its .jsonl file
+    from now on. ValueError, and no change, if that or the .json beside it is of another run."""
     beside, records = path.with_suffix(".json"), {}
     begun = path.exists() and path.stat().st_size
     if "settings" not in read_json(beside) if beside.exists() else begun:
@@ -302,7 +302,7 @@ def resume(path, lm, fields, belongs, settings, **about):
 
 
 def append(path, records, spent, **bar):
-    """Write each record as it comes; `spent` seconds went by before this command."""
+    """Write each record as it comes, with one write; `spent` seconds went by before."""
     parallel.wait()  # all clocks start together
     with open(path, "ab", buffering=0) as f:
         for record in tqdm(records, path.parent.name, disable=parallel.rank() > 0, **bar,
@@ -312,7 +312,7 @@ def append(path, records, spent, **bar):
 
 
 class NotMine(set):
-    """These pairs, and those of other processes: each takes every world()-th problem."""
+    """What is done, and what others do: each process takes every world()-th problem."""
 
     def __contains__(self, pair):
         return super().__contains__(pair) or pair[0] % parallel.world() != parallel.rank()
@@ -320,7 +320,7 @@ class NotMine(set):
 
 def sample_model(model, folder, problems, template, knobs, most, seconds, device, dtype):
     """Sample one model into folder/samples.jsonl, going on where an earlier run stopped, up to
-    `most` samples of each problem. template: the text around a question; knobs: of generate."""
+    `most` samples of each problem. template: around a question; knobs: settings of generate."""
     tokenizer, path = load_tokenizer(model), Path(folder, "samples.jsonl")
     lm = LM.from_pretrained(model, device, dtype).eval()
     about = dict(params=lm.num_parameters(), device=device_name(device), torch=torch.__version__)
@@ -329,8 +329,9 @@ def sample_model(model, folder, problems, template, knobs, most, seconds, device
     prompts = [tokenizer.chat(template.replace("{question}", question)) for question, _ in asked]
     settings = knobs | dict(prompt=template, problems=len(asked), questions=crc(repr(asked)),
                             weights=hub.fingerprint(model))
-    done, spent = resume(path, lm, RECORD, lambda r: (r["question"], r["gold"])
-                         in asked[r["problem"]:][:1], settings, **about)
+    known = dict(enumerate(asked))
+    done, spent = resume(path, lm, RECORD, lambda record: known.get(record["problem"]) == (
+        record["question"], record["gold"]), settings, **about)
 
     def draw(seconds):
         for c in generate(lm, prompts, num_samples=most, stop_ids=tokenizer.eos_ids,
