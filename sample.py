@@ -244,11 +244,11 @@ def tidy(batch):
     rows, lengths = sorted(batch.owner), batch.state.lengths
     batch.visits += 1
     if len(rows) > 0.75 * len(lengths):
-        attends = any("keys" in cache for cache in batch.state.layers)
-        if batch.visits % SORT_EVERY or batch.lm.device.type != "cpu" or not attends:
+        if batch.visits % SORT_EVERY or batch.lm.device.type != "cpu":
             return
+        attends = any("keys" in cache for cache in batch.state.layers)
         read = sum(int(group.max()) * len(group) for group in lengths.split(CacheReads.ROWS))
-        if read <= SORT_ABOVE * int(lengths.sum()):
+        if not attends or read <= SORT_ABOVE * int(lengths.sum()):
             return
         rows = lengths.argsort().tolist()
     batch.owner = {i: batch.owner[row] for i, row in enumerate(rows) if row in batch.owner}
@@ -348,7 +348,7 @@ def sample_model(model, folder, problems, template, knobs, most, seconds, device
 
 def summary(path):
     """The number of samples, their speed, and the last one, cut in the middle."""
-    records = read_jsonl(path, RECORD)
+    records = read_jsonl(path, RECORD, torn=True)
     if not records:
         return f"{path}: no sample was finished, give it more --seconds"
     last, text = records[-1], records[-1]["completion"]
@@ -407,7 +407,8 @@ def main(argv=None):
         template = prompt_template(args.task, args.prompt_file)
         most = args.num_samples or 10 ** 9
         seconds = args.seconds or (float("inf") if args.num_samples else SECONDS)
-        print(f"{len(problems)} problems of {args.task}, {seconds:g} seconds a model", flush=True)
+        until = "" if seconds == float("inf") else f", {seconds:g} seconds a model"
+        print(f"{len(problems)} problems of {args.task}{until}", flush=True)
         for model in models:
             name = os.path.basename(os.path.abspath(model))
             with parallel.exclusively(os.path.join(args.out, name)) as folder:

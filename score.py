@@ -63,17 +63,16 @@ class Likelihood:
 
 
 class Process:
-    """The probability of "+" against "-" after each step: the softmax of two logits, which is the
-    sigmoid of their difference w . x, where w is the difference of the head's rows."""
+    """The probability of "+" against "-" after each step."""
 
     def __init__(self, lm, tokenizer):
         self.lm, self.tokenizer = lm, tokenizer
         plus, minus = tokenizer.encode("+"), tokenizer.encode("-")
         if len(plus) != 1 or len(minus) != 1:
-            raise ValueError('this is no process reward model: its tokenizer must have a token "+" '
-                             f'and a token "-", but makes {plus} and {minus} of them')
+            raise ValueError(f'this is no process reward model: its tokenizer makes {plus} of "+" '
+                             f'and {minus} of "-", instead of a token each')
         head = lm.model.embed_tokens if lm.config.tie_embeddings else lm.lm_head
-        self.w = head.weight[plus[0]].float() - head.weight[minus[0]].float()  # (d_model,)
+        self.rows = head.weight[plus + minus].float()  # (2, d_model)
 
     def read(self, record, template):
         """The dialogue about a sample: question and first step, "+", second step, "+", ...
@@ -91,9 +90,10 @@ class Process:
         return Text(record, ids, positions)
 
     def judge(self, x, text):
-        """p of each step for the hidden states x (L, d_model) of a text, in float32: in bfloat16,
-        logits of 16 to 32 are multiples of 1/8."""
-        return (self.lm.model.norm(x[text.positions]).float() @ self.w).sigmoid().tolist()
+        """p of each step, for the hidden states x (L, d_model) of a text. In float32: bfloat16
+        rounds logits of 16 to 32 to multiples of 1/8."""
+        logits = F.linear(self.lm.model.norm(x[text.positions]).float(), self.rows)  # (steps, 2)
+        return logits.softmax(-1)[:, 0].tolist()
 
 
 KINDS = dict(likelihood=Likelihood, process=Process)
@@ -112,7 +112,7 @@ def judge_batch(judge, batch):
 def batches(judge, records, template, budget):
     """Lists of Texts of like length: `budget` tokens with their padding, or one text.
 
-    Sorting all would pad least and finish no problem before the end: so 512 are sorted at a time.
+    512 are sorted at a time: sorting all would finish no problem before the end.
     """
     for start in range(0, len(records), 512):
         texts = [judge.read(record, template) for record in records[start:start + 512]]
@@ -132,30 +132,31 @@ def score_samples(folder, to, judge, settings, budget):
 
     Every problem's first samples come first: so their `seconds` are what choosing among k costs.
     """
-    path, origin = Path(folder, to), Path(folder, "samples.json")
     records = read_jsonl(Path(folder, "samples.jsonl"), RECORD, torn=True)
-    if not records:
+    samples = {(record["problem"], record["sample"]): record for record in records}
+    if not samples:
         raise ValueError(f"no samples in {folder}: run python sample.py first")
+    path, origin = Path(folder, to), Path(folder, "samples.json")
     origin = read_json(origin).get("settings", {}) if origin.exists() else {}
     template, aggregate = origin.get("prompt") or INSTRUCTION, AGGREGATE[settings["aggregate"]]
-    texts = {(r["problem"], r["sample"]): crc(r["completion"]) for r in records}
-    done, spent = resume(path, judge.lm, FIELDS, lambda r: r["crc"] == texts.get(
-        (r["problem"], r["sample"])), settings | dict(prompt=template))
-    left = sorted((r for r in records if (r["problem"], r["sample"]) not in done),
-                  key=lambda r: (r["sample"], r["problem"]))[parallel.rank()::parallel.world()]
+    texts = {pair: crc(record["completion"]) for pair, record in samples.items()}
+    done, spent = resume(path, judge.lm, FIELDS, lambda score: score["crc"] == texts.get(
+        (score["problem"], score["sample"])), settings | dict(prompt=template))
+    left = sorted(samples.keys() - done.keys(), key=lambda pair: pair[::-1])
+    mine = [samples[pair] for pair in left[parallel.rank()::parallel.world()]]
 
     def judged():
         began = time.perf_counter()
-        for batch in batches(judge, left, template, budget):
+        for batch in batches(judge, mine, template, budget):
             found = judge_batch(judge, batch)
             seconds = time.perf_counter() - began
             for text, steps in zip(batch, found):
-                r = text.record
-                yield dict(problem=r["problem"], sample=r["sample"], score=aggregate(steps),
-                           num_tokens=len(text.ids), seconds=seconds, crc=crc(r["completion"]))
+                pair = text.record["problem"], text.record["sample"]
+                yield dict(problem=pair[0], sample=pair[1], score=aggregate(steps),
+                           num_tokens=len(text.ids), seconds=seconds, crc=texts[pair])
     next(judged(), None)  # the first batch to warm up
-    append(path, judged(), spent, total=len(left), unit=" texts")
-    print(f"{path}: {len(records):,} scores", flush=True)
+    append(path, judged(), spent, total=len(mine), unit=" texts")
+    print(f"{path}: {len(samples):,} scores", flush=True)
 
 
 # ---- the script
@@ -163,12 +164,11 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("judge", nargs="?", metavar="MODEL", help="the judge's folder or Hugging Face repository; "
-        "default: teacher in --out, or teacher-small for small students")
+        "default: teacher in --out, of NAME-small teacher-small")
     add("--kind", choices=KINDS, default="likelihood", help="what it tells of a text")
-    add("--aggregate", choices=AGGREGATE, default="last", help="of a process reward model's steps: "
-        "the last one's probability, the smallest, or the product")
-    add("--model", nargs="+", type=folder_name, metavar="NAME", help="judge samples of OUT/NAME; "
-        "default: all there are")
+    add("--aggregate", choices=AGGREGATE, default="last", help="of the steps' probabilities: "
+        "the last, the smallest, or their product")
+    add("--model", nargs="+", type=folder_name, metavar="NAME", help="of OUT; default: all")
     add("--to", type=folder_name, default="scores.jsonl", metavar="FILE", help="in each folder")
     add("--tokens", type=number(1), default=16384, help="read at a time, padding included")
     add("--out", default="out", help="folder of the models")
