@@ -20,7 +20,7 @@ import decode_kernels
 import sample
 from common import json_line
 from conftest import ROOT
-from data import load_task, load_tokenizer
+from data import choose_subset, load_task, load_tokenizer
 from model import LM, CacheReads, State
 from sample import Batch, choose_tokens, generate, row_keys, uniforms
 
@@ -165,10 +165,13 @@ def many(hybrid):
     return found
 
 
-@pytest.mark.parametrize("batch_size", [3, 16, 64])
-def test_texts_do_not_depend_on_the_batch_nor_on_what_is_skipped(hybrid, many, batch_size):
+@pytest.mark.parametrize("batch_size, steps", [(3, 1), (64, 1), (3, 2), (16, 7), (16, 30)])
+def test_texts_depend_neither_on_the_batch_nor_on_what_is_skipped_nor_on_visits_of_the_host(
+        hybrid, many, monkeypatch, batch_size, steps):
     """A resumed run does what is missing, and the same; fewer samples are a part of more, and of a
-    billion the first come at once."""
+    billion the first come at once. Rows that are done run along until the host looks: red if they
+    write into their text, out of their cache, or into what the next row finds."""
+    monkeypatch.setitem(sample.VISIT_EVERY, "cpu", steps)
     settings = MANY | dict(batch_size=batch_size)
     assert texts(hybrid, **settings) == many
     skip = {pair for i, pair in enumerate(sorted(many)) if i % 3 or pair[0] == 2}
@@ -201,15 +204,6 @@ def test_samples_differ_and_come_sample_major_as_they_finish(hybrid, many):
     for completions in done, list(generate(hybrid, PROMPTS, batch_size=16, **MANY)):
         seconds = [c.seconds for c in completions]
         assert seconds == sorted(seconds) and seconds[0] > 0
-
-
-@pytest.mark.parametrize("steps, batch_size", [(2, 3), (7, 16), (30, 16)])
-def test_texts_do_not_depend_on_how_often_the_host_looks(hybrid, many, monkeypatch, steps,
-                                                         batch_size):
-    """Rows that are done run along until it does: red if they write into their text, out of their
-    cache, or into what the next row finds."""
-    monkeypatch.setitem(sample.VISIT_EVERY, "cpu", steps)
-    assert texts(hybrid, batch_size=batch_size, **MANY) == many
 
 
 def test_texts_do_not_depend_on_sorting(hybrid, many, make_lm, monkeypatch):
@@ -499,9 +493,10 @@ def test_what_is_not_of_this_run_is_refused_by_name_and_nothing_is_touched(
     assert contents(begun) == before
 
 
-def test_two_processes_share_the_problems_and_write_what_one_writes(sampled, line, tmp_path):
+def test_two_processes_share_the_problems_and_write_what_one_writes(sampled, line, tmp_path,
+                                                                    monkeypatch):
     """One file, a record for each completion, the same texts. Red if a process takes another's
-    problems, or a text depends on who drew it."""
+    problems, or a text depends on who drew it. One without a problem would search for ever."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                ROOT / "sample.py", *line(tmp_path, *FIVE)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -509,10 +504,6 @@ def test_two_processes_share_the_problems_and_write_what_one_writes(sampled, lin
     assert untimed(tmp_path / "pure") == untimed(sampled)
     settings = json.loads((tmp_path / "pure" / "samples.json").read_text())["settings"]
     assert settings["processes"] == 2
-
-
-def test_more_processes_than_problems_are_refused(line, tmp_path, monkeypatch):
-    """One without a problem would search a billion pairs for one of its own."""
     monkeypatch.setattr(sample.parallel, "world", lambda: 5)
     with pytest.raises(ValueError, match="4 problems: too few for 5 processes"):
         sample.main(line(tmp_path, "--seconds", "1"))
@@ -540,9 +531,8 @@ def test_the_prompt_is_put_around_the_question_and_the_model_prepared(line, tmp_
         lm=lm, prompts=prompts, **settings) or iter(()))
     sample.main(line(tmp_path, *"--subset-seed 3 --seconds 50 --temperature 0.4 --top-k 7".split(),
                      "--prompt-file", str(tmp_path / "prompt.txt")))
-    tokenizer, problems = load_tokenizer("arithmetic"), load_task(task_file, "test")
-    chosen = sample.choose_subset(problems, 4, 3)
-    assert chosen != problems[:4]
+    tokenizer = load_tokenizer("arithmetic")
+    chosen = choose_subset(load_task(task_file, "test"), 4, 3)
     assert seen["prompts"] == [tokenizer.chat(f"Q {p.question} A") for p in chosen]
     assert any(isinstance(module, decode_kernels.Products) for module in seen["lm"].modules())
     assert (seen["seconds"], seen["temperature"], seen["top_k"]) == (50, 0.4, 7)
