@@ -395,9 +395,12 @@ def main(argv=None):
     args = parse_args(argv)
     with parallel.processes(args.device):
         device, dtype = choose_device(args.device, args.dtype)
-        models = args.model or find_models(args.out)
-        for model in models:
+        names = {}  # folder of each
+        for model in args.model or find_models(args.out):
             hub.read_config(hub.checkpoint_folder(model))  # a mistake is told before data is read
+            name = os.path.basename(os.path.abspath(model))
+            if names.setdefault(name, model) != model:
+                raise ValueError(f"two models are named {name}: sample them into different --out")
         problems = choose_subset(load_task(args.task, args.split), args.limit, args.subset_seed)
         if len(problems) < parallel.world():  # one without would search for its own forever
             raise ValueError(f"{len(problems)} problems: too few for {parallel.world()} processes")
@@ -409,8 +412,7 @@ def main(argv=None):
         seconds = args.seconds or (float("inf") if args.num_samples else SECONDS)
         until = "" if seconds == float("inf") else f", {seconds:g} seconds a model"
         print(f"{len(problems)} problems of {args.task}{until}", flush=True)
-        for model in models:
-            name = os.path.basename(os.path.abspath(model))
+        for name, model in names.items():
             with parallel.exclusively(os.path.join(args.out, name)) as folder:
                 sample_model(model, folder, problems, template, knobs, most, seconds, device, dtype)
 
