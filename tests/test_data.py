@@ -1,7 +1,8 @@
 """What data.py promises: the built-in task is right and never leaks its test problems, a mistake in
-a file is named by its line, any text survives the tokenizer, and the token cache holds what it
-should. (The tokenizers and chats of others are guarded by test_hub.py.)"""
+a file is named by its line, and any text survives the tokenizer. (The tokenizers and chats of
+others are guarded by test_hub.py.)"""
 import base64
+import collections
 import itertools
 import json
 import os
@@ -20,23 +21,20 @@ from data import Problem, Tokenizer, load_task, load_tokenizer
 # ---------------------------------------------------------------------------- the built-in task
 @pytest.fixture(scope="module")
 def arithmetic():
-    """The first problems of both splits: all 50,000 take five seconds."""
-    return {split: list(itertools.islice(data.arithmetic_problems(split), 4000))
+    """The first problems of both splits: all 50,000 take two seconds."""
+    return {split: list(itertools.islice(data.arithmetic_problems(split), 2000))
             for split in ("train", "test")}
 
 
-def test_train_and_test_problems_never_overlap(arithmetic):
+def test_train_and_test_problems_never_overlap(arithmetic, monkeypatch):
     """Red if the splits differ by their seed alone: a question could then be drawn for both."""
     questions = [{problem.question for problem in problems} for problems in arithmetic.values()]
-    assert len(questions[0]) > 3000 and not questions[0] & questions[1]
+    assert len(questions[0]) > 1500 and not questions[0] & questions[1]
+    monkeypatch.setattr(data, "TRAIN_PROBLEMS", 30)
+    assert load_task("arithmetic", "train") == arithmetic["train"][:30]
     assert load_task("arithmetic", "test") == arithmetic["test"][:1000]
     ids = [problem.id for problems in arithmetic.values() for problem in problems]
     assert len(set(ids)) == len(ids)
-
-
-def test_train_has_as_many_problems_as_it_says(monkeypatch, arithmetic):
-    monkeypatch.setattr(data, "TRAIN_PROBLEMS", 30)
-    assert load_task("arithmetic", "train") == arithmetic["train"][:30]
 
 
 def test_problems_are_the_same_in_every_process(arithmetic):
@@ -62,10 +60,9 @@ def literal_solution(question):
     return "\n".join([*lines, f"\\boxed{{{value:04d}}}"]), f"{value:04d}"
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_every_solution_is_right_and_follows_from_its_question(arithmetic, split):
+def test_every_solution_is_right_and_follows_from_its_question(arithmetic):
     """A slip would teach wrong arithmetic and grade right answers wrong."""
-    for problem in arithmetic[split][:1500]:
+    for problem in arithmetic["train"][:1500] + arithmetic["test"][:1500]:
         assert (problem.solution, problem.answer) == literal_solution(problem.question)
         assert data.solution_text(problem) == problem.solution
 
@@ -73,8 +70,7 @@ def test_every_solution_is_right_and_follows_from_its_question(arithmetic, split
 def test_guessing_cannot_answer_the_task(arithmetic):
     """The most frequent answers together stay rare, or coverage with many samples would be luck."""
     answers = [problem.answer for problem in arithmetic["test"][:1000]]
-    common = sorted((answers.count(answer) for answer in set(answers)), reverse=True)[:64]
-    assert sum(common) < 0.25 * len(answers)
+    assert sum(n for _, n in collections.Counter(answers).most_common(64)) < 0.25 * len(answers)
 
 
 # ---------------------------------------------------------------------------- tasks in files
@@ -88,30 +84,27 @@ MATH = dict(problem="Find $x$.", solution="So $x = \\boxed{\\frac{1}{2}}$.",
             answer=" \\frac{1}{2} ", level=3, unique_id="test/algebra/7.json")
 OPENMATH = dict(problem="1 << 2?", expected_answer="4",
                 generated_solution="1 <<2>> #### \\boxed{4}")
-ROWS = {  # rows as the Hub has them, and what becomes of them
-    "gsm8k": (GSM8K, Problem("test/0", "How many?", "24,000",
+ROWS = [  # rows as the Hub has them, and what becomes of them
+    ("gsm8k", GSM8K, Problem("test/0", "How many?", "24,000",
                              "6 + 6 = 12\n12 x $2 = $24,000\n#### 24,000")),
-    "math500": (MATH, Problem("test/algebra/7.json", "Find $x$.", "\\frac{1}{2}",
+    ("math500", MATH, Problem("test/algebra/7.json", "Find $x$.", "\\frac{1}{2}",
                               "So $x = \\boxed{\\frac{1}{2}}$.")),
-    "openmath2": (OPENMATH, Problem("train/0", "1 << 2?", "4", "1 <<2>> #### \\boxed{4}")),
-}
+    ("openmath2", OPENMATH, Problem("train/0", "1 << 2?", "4", "1 <<2>> #### \\boxed{4}"))]
 
 
-@pytest.mark.parametrize("task", ROWS)
-def test_a_row_means_the_same_on_the_hub_and_in_a_file(monkeypatch, tmp_path, task):
+@pytest.mark.parametrize("task, row, expected", ROWS)
+def test_a_row_means_the_same_on_the_hub_and_in_a_file(monkeypatch, tmp_path, task, row, expected):
     """Red if a column is mixed up, or if a calculator's marks stay in what a model learns: they are
     GSM8K's, and elsewhere << is mathematics."""
-    row, expected = ROWS[task]
-    asked = []
+    asked, split = [], expected.id.split("/")[0]
     monkeypatch.setattr(hub, "dataset_rows", lambda *args: (asked.append(args), [row])[1])
-    split = expected.id.split("/")[0]
     assert load_task(task, split) == [expected]
     found, = load_task(write(tmp_path / "rows.jsonl", row), "train")
     assert (found.question, found.answer, found.solution) == (
         expected.question, expected.answer, expected.solution)
-    if task == "openmath2":
-        assert load_task("openmath2[30:31]", split)[0].id == "train/30"
-        assert asked == [("openmath2", split, (0, 50_000)), ("openmath2", split, (30, 31))]
+    assert load_task(f"{task}[30:31]", split)[0].id in (f"{split}/30", expected.id)
+    rows = (0, 50_000) if task == "openmath2" else None  # too many to take them all
+    assert asked == [(task, split, rows), (task, split, (30, 31))]
 
 
 def test_a_file_of_ones_own_is_read(tmp_path):
@@ -125,10 +118,10 @@ def test_a_file_of_ones_own_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("line", [
-    '{"answer": "1"}', '{"question": "?"}', '{"question": "?", "answer"', "[1]", "7", "null", '"q"',
+    '{"answer": "1"}', '{"question": "?"}', '{"question": "?", "answer"', "[1]", '"q"',
     '{"question": "", "answer": "1"}', '{"question": ["?"], "answer": "1"}',
-    *(f'{{"question": "?", "answer": {gold}}}' for gold in ("[1]", '""', '" "', "true", "false",
-                                                           "null", "{}", '"half ####"')),
+    *(f'{{"question": "?", "answer": {gold}}}' for gold in (
+        "[1]", '""', '" "', "true", "null", "{}", '"half ####"')),
     '{"question": "?", "answer": "1", "solution": 5}'])
 def test_a_bad_line_is_named_by_the_number_that_an_editor_shows(tmp_path, line):
     path = write(tmp_path / "bad.jsonl", {"question": "?", "answer": "1"}, "", line)
@@ -137,21 +130,16 @@ def test_a_bad_line_is_named_by_the_number_that_an_editor_shows(tmp_path, line):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name, split, error, message", [
-    ("aritmetic", "test", ValueError, "aritmetic.*arithmetic.*gsm8k.*math500.*openmath2.*.jsonl"),
-    ("gsm8k[0:3]", "test", ValueError, re.escape("gsm8k[0:3]")),
-    ("arithmetic", "validation", ValueError, "'validation'.*train.*test"),
-    ("math500", "train", ValueError, "math500 has no train split"),
-    ("nowhere/file.jsonl", "test", FileNotFoundError, "no such file: nowhere/file.jsonl"),
-])
-def test_unknown_names_are_refused_and_the_right_ones_listed(name, split, error, message):
-    with pytest.raises(error, match=message):
+@pytest.mark.parametrize("name, split, message", [
+    ("aritmetic", "test", "aritmetic.*arithmetic.*gsm8k.*math500.*openmath2.*.jsonl"),
+    ("gsm9k[0:3]", "test", re.escape("gsm9k[0:3]")), ("gsm8k[:3]", "test", re.escape("gsm8k[:3]")),
+    ("arithmetic", "validation", "'validation'.*train.*test"),
+    ("math500", "train", "math500 has no train split"),
+    ("nowhere/file.jsonl", "test", "nowhere/file.jsonl is missing or empty"),
+    (os.devnull + ".jsonl", "test", "missing or empty")])
+def test_unknown_names_are_refused_and_the_right_ones_listed(name, split, message):
+    with pytest.raises(ValueError, match=message):
         load_task(name, split)
-
-
-def test_a_file_without_problems_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="empty.jsonl has no problems"):
-        load_task(write(tmp_path / "empty.jsonl", "", ""), "test")
 
 
 def test_samples_are_a_task(tmp_path):
@@ -208,13 +196,12 @@ def test_what_a_model_learns_to_write_ends_in_a_box(answer, solution, text):
 
 
 # ---------------------------------------------------------------------------- the tokenizer
-NASTY = {
-    "empty": "", "words": "Start with 4821. In each of 2 rounds do +7 3 times, then x13.",
-    "spaces": "  a   b    \n\n\n c\t\td  \r\n ", "digits": "007 1234567890 3.14 -5 1,000 +7 x13 3)",
-    "emoji": "naïve 🤖👩‍👩‍👧 日本語 العربية ₿",
-    "control": "\x00\x01\x7f\u200b\u2028\ufeff",
-    "special": "<|question|><|answer|><|end|> <|endoftext|> <|eot_id|> <|begin_of_text|>",
-    "math": "\\boxed{\\frac{1}{2}} $x^2$ #### 42"}
+NASTY = [
+    "", "Start with 4821. In each of 2 rounds do +7 3 times, then x13.",
+    "  a   b    \n\n\n c\t\td  \r\n ", "007 1234567890 3.14 -5 1,000 +7 x13 3)",
+    "naïve 🤖👩‍👩‍👧 日本語 العربية ₿", "\x00\x01\x7f\u200b\u2028\ufeff",
+    "<|question|><|answer|><|end|> <|endoftext|> <|eot_id|> <|begin_of_text|>",
+    "\\boxed{\\frac{1}{2}} $x^2$ #### 42"]
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +212,7 @@ def tokenizer():
 def test_decode_undoes_encode_and_adds_nothing(tokenizer, arithmetic):
     """Text that spells a special token is plain, and cannot stop anything."""
     special = set(tokenizer.special.values())
-    for text in [*NASTY.values(), *(p.question + p.solution for p in arithmetic["test"][:100])]:
+    for text in [*NASTY, *(p.question + p.solution for p in arithmetic["test"][:100])]:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
         assert not special & set(ids) and all(0 <= i < tokenizer.vocab_size for i in ids)
@@ -268,19 +255,18 @@ def test_a_chat_is_special_ids_around_the_question(tokenizer):
 
 
 @pytest.mark.parametrize("ids", [[597], [0, 10 ** 9], [-1]])
-def test_an_id_outside_the_vocabulary_is_named(tokenizer, ids):
-    with pytest.raises(ValueError, match="ids go from 0 to 596"):
+def test_an_id_outside_the_vocabulary_is_an_error(tokenizer, ids):
+    with pytest.raises(ValueError, match="ids .0 to 596"):
         tokenizer.decode(ids)
 
 
 def test_a_tokenizer_is_saved_and_loaded_with_its_folder(tokenizer, tmp_path):
     """A checkpoint keeps its own ids; the shipped teachers were trained with the built-in ones."""
     tokenizer.save(tmp_path)
-    shipped = [os.path.join(ROOT, "assets", name) for name in ("teacher", "teacher-small")]
-    for folder in (str(tmp_path), *shipped):
-        loaded = load_tokenizer(folder)
+    for folder in (tmp_path, ROOT / "assets" / "teacher", ROOT / "assets" / "teacher-small"):
+        loaded = load_tokenizer(str(folder))
         assert (loaded.eos_ids, loaded.vocab_size) == (tokenizer.eos_ids, tokenizer.vocab_size)
-        for text in NASTY.values():
+        for text in NASTY:
             assert loaded.encode(text) == tokenizer.encode(text)
             assert loaded.chat(text) == tokenizer.chat(text)
 
@@ -288,16 +274,15 @@ def test_a_tokenizer_is_saved_and_loaded_with_its_folder(tokenizer, tmp_path):
 def test_a_folder_without_a_usable_tokenizer_is_named(tokenizer, tmp_path):
     with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path))):
         load_tokenizer(str(tmp_path))
-    for damage in ("{half a", "{}", json.dumps(tokenizer.definition | dict(eos=["<|no|>"])),
-                   json.dumps(tokenizer.definition | dict(ranks=["A"])),
-                   json.dumps(tokenizer.definition | dict(pattern="("))):
+    damaged = [tokenizer.definition | damage for damage in (
+        dict(eos=["<|no|>"]), dict(ranks=["A"]), dict(pattern="("))]
+    for damage in ("{half a", "{}", *map(json.dumps, damaged)):
         (tmp_path / data.TOKENIZER_FILE).write_text(damage)
         with pytest.raises(ValueError, match=re.escape(str(tmp_path))) as error:
             load_tokenizer(str(tmp_path))
         assert "\n" not in str(error.value)
 
 
-# ---------------------------------------------------------------------------- solutions as tokens
 def test_pairs_are_prompt_solution_and_end(tokenizer):
     """In the order of the problems, at any index, as often as asked."""
     problems = [Problem(str(i), f"{i} +{{1}}?", str(i + 1), f"{i} +1 = {i + 1}\n#### {i + 1}")
