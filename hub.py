@@ -29,19 +29,19 @@ def require(condition, complaint):
 
 @contextlib.contextmanager
 def naming(what):
-    """A context in which every exception is a ValueError of one line: `what` cannot be used."""
+    """A context in which any exception becomes a ValueError of one line: `what` cannot be used."""
     try:
         yield
-    except Exception as error:  # of json, safetensors, pickle, the Hub, a missing package, ours
+    except Exception as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"{what} cannot be used: {kind}{first_line(error)}") from None
 
 
 # ---------------------------------------------------------------------------- folders
 def download(path_or_repo, *patterns):
-    """A folder as it is; for a repository "org/name", the folder with its files that match.
+    """A folder's name as it is; of a repository "org/name", the folder with the files that match.
 
-    A name is a folder's if org is a folder here: "out/pure" is missing, not to be downloaded.
+    If org is a folder here ("out/pure"), it is no repository.
     """
     name = str(path_or_repo)
     here = os.path.exists(name) or os.path.isdir(name.split("/")[0])
@@ -92,8 +92,7 @@ HF_KEYS = HF_SIZES | dict(
     max_length="max_position_embeddings", eos_ids="eos_token_id") | {
     key: key for key in "head_dim rope_theta rope_scaling mixers d_state d_conv dt_rank".split()}
 HF_DEFAULTS = dict(tie_word_embeddings=False, rms_norm_eps=1e-6, rope_theta=10000.0)
-# Keys of which only one value (or null, or none at all) is implemented here: those that we write,
-# and those that the weights would not show.
+# Keys of which only one value (or null, or none) is implemented here; the first four are written.
 WRITTEN = dict(model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False)
 ONLY = WRITTEN | dict(rope_interleaved=False, partial_rotary_factor=1.0, sliding_window=None)
 
@@ -131,36 +130,30 @@ def llama_fields(values):
 
 def llamba_as_llama(values):
     """A Llamba's config.json (modeling_llamba.py of cartesia-ai/edge) with a Llama's keys."""
-    ssm, mlp = values["ssm_cfg"], values["mlp_cfg"]
-    heads, width, layers = ssm["n_v_heads"], values["d_model"], values["n_layer"]
+    ssm, mlp, layers = values["ssm_cfg"], values["mlp_cfg"], values["n_layer"]
+    heads = ssm["n_v_heads"]
     refuse_other(mlp | ssm, dict(act_fn="silu", activation="identity", n_qk_heads=heads))
     return mlp | ssm | values | dict(
-        model_type="llama", hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-        head_dim=ssm.get("expand", 1) * width // heads, mixers=["mamba2"] * layers,
-        rms_norm_eps=values.get("norm_epsilon", 1e-5),
-        tie_word_embeddings=values.get("tie_embeddings"))
+        model_type="llama", hidden_size=values["d_model"], num_hidden_layers=layers,
+        num_attention_heads=heads, rms_norm_eps=values["norm_epsilon"],
+        tie_word_embeddings=values["tie_embeddings"], mixers=["mamba2"] * layers)
 
 
 def mamba_fields(llama, mamba):
-    """Fields of Config of a MambaInLlama or M1 student, with those of its Llama.
-
-    mamba: its mamba_config.json (hybrid_mamba_config.py of MambaInLlama), where only Mamba-2 has
-    `ngroups`. Sizes it repeats (d_inner, d_xb, ...) are not read: those of the weights count.
+    """Fields of Config of a MambaInLlama or M1 student: those of its Llama, and what has replaced
+    attention by its mamba_config.json (mamba/hybrid_mamba_config.py); only Mamba-2 has `ngroups`.
     """
     layers, width, heads = (llama[field] for field in ("n_layers", "d_model", "n_heads"))
-    fields = dict(n_kv_heads=heads, head_dim=width // heads, d_state=16) | llama
-    attention, ssm = mamba["attn_layers"], mamba["ssm_cfg"]
-    require(set(attention) <= set(range(layers)), f"attn_layers = {attention} of {layers} layers")
+    fields = dict(n_kv_heads=heads, head_dim=width // heads) | llama
+    attention, ssm, mixer = mamba["attn_layers"], mamba["ssm_cfg"], "mamba"
     known = "expand d_state d_conv dt_rank ngroups repeat_kv_before_conv chunk_size"
     require(ssm.keys() <= set(known.split()), f"ssm_cfg has {', '.join(ssm)}, supported: {known}")
-    for key in ("d_state", "d_conv", "dt_rank"):
-        if ssm.get(key) not in (None, "auto"):
-            fields[key] = ssm[key]
-    mixer = "mamba2_step" if "ngroups" in ssm else "mamba"
-    if mixer == "mamba2_step":
+    require(set(attention) <= set(range(layers)), f"attn_layers = {attention} of {layers} layers")
+    if "ngroups" in ssm:
+        mixer = "mamba2_step"
         refuse_other(ssm, dict(ngroups=heads, d_state=fields["head_dim"]))
-    fields["mixers"] = ["attention" if layer in attention else mixer for layer in range(layers)]
-    return fields
+    return fields | dict(
+        mixers=["attention" if layer in attention else mixer for layer in range(layers)])
 
 
 def read_layout(folder):
@@ -183,16 +176,17 @@ def read_layout(folder):
 
 def read_config(folder):
     """Fields of model.Config in a folder's config.json; what it does not say is left out.
-
-    FileNotFoundError if there is none, ValueError naming what is not supported here.
-    """
+    FileNotFoundError if there is none, ValueError naming what is not supported."""
     return read_layout(folder)[0]
 
 
 # ---------------------------------------------------------------------------- weights
+EMBEDDING = "model.embed_tokens.weight"
+
+
 def map_file(path, names=None):
-    """{name: tensor} of a weight file (of these names; of a .bin all), mapped into memory: what is
-    used is read, and counts as memory until the tensor is dropped."""
+    """{name: tensor} of a weight file (of these names; of a .bin all), mapped: read when used, and
+    in memory from then on until the tensor is dropped."""
     import torch
     from safetensors import safe_open
     with naming(path):
@@ -238,7 +232,7 @@ def mamba_in_llama_tensors(name, tensor, fields, shapes):
     if key == "mamba.dt_proj.bias":  # their dt_proj adds it, and their scan adds it again
         tensor = 2 * tensor
     if key.startswith("mamba.conv1d.") and len(tensor) == kv:  # repeat_kv_before_conv = false
-        tensor = repeat_groups(tensor, fields["d_state"], inner // kv)
+        tensor = repeat_groups(tensor, 16, inner // kv)
     return {name: tensor}
 
 
@@ -265,8 +259,7 @@ def read_tensors(folder, shapes, cast):
     """{our name: cast(our name, tensor)} of a folder's weights, translated from whatever layout.
 
     shapes: {our name: shape} of what the model needs: a tensor that is missing, extra, misshapen or
-    of integers is a ValueError naming it. Tensors are read one by one and `cast` copies: memory
-    peaks at the weights and one tensor.
+    of integers is a ValueError naming it. `cast` copies: one tensor at a time is read.
     """
     import torch
     (fields, translate), tensors = read_layout(folder), {}
@@ -276,11 +269,10 @@ def read_tensors(folder, shapes, cast):
             tied = name == "lm_head.weight" and name not in shapes  # and may be stored all the same
             with naming(f"tensor {name}, {tensor.dtype} of shape {tuple(tensor.shape)},"):
                 require(tensor.is_floating_point(), "expected floating point")
-                parts = {"model.embed_tokens.weight": tensor} if tied else translate(
-                    name, tensor, fields, shapes)
+                parts = translate(EMBEDDING if tied else name, tensor, fields, shapes)
                 for ours, part in parts.items():
-                    require(ours in shapes, "unexpected")
-                    require(part.shape == shapes[ours], f"expected shape {tuple(shapes[ours])}")
+                    require(part.shape == shapes.get(ours),
+                            f"expected {shapes.get(ours, 'no such tensor')}")
                     part = cast(ours, part)
                     require(ours not in tensors or torch.equal(part, tensors[ours]),
                             "lm_head.weight and the embedding of a tied model differ")
@@ -291,12 +283,10 @@ def read_tensors(folder, shapes, cast):
 
 
 def write_checkpoint(folder, fields, tensors):
-    """Writes config.json and model.safetensors, each under a temporary name first.
-
-    fields: those of Config. An all-attention checkpoint loads in transformers' LlamaForCausalLM.
-    """
+    """Writes config.json, from the fields of Config, and model.safetensors, each under a temporary
+    name first. All attention, it loads in transformers' LlamaForCausalLM."""
     from safetensors.torch import save_file
-    dtype = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
+    dtype = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
     config = dict(architectures=["LlamaForCausalLM"]) | WRITTEN | dict(torch_dtype=dtype)
     config |= {HF_KEYS[field]: value for field, value in fields.items()}
     config["eos_token_id"] = config.get("eos_token_id") or None
@@ -308,8 +298,8 @@ def write_checkpoint(folder, fields, tensors):
 
 
 # ---------------------------------------------------------------------------- tokenizers
-# What cuts a text into pieces before merging. SmolLM2's is GPT-2's with every digit a text of its
-# own: no space joins a digit, and spaces before one end their text, so all of them are one piece.
+# What cuts a text into pieces before merging. SmolLM2's is GPT-2's, but every digit is a piece, and
+# so are all spaces before one.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SMOLLM2_PATTERN = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
@@ -347,8 +337,8 @@ def read_byte_bpe(path):
     """{pattern, ranks, special} of a tokenizer.json, if it is byte-level BPE as tiktoken does it.
 
     tiktoken has no list of merges: it joins the neighbours that make the token of the lowest id. So
-    merges have to come in the order of the ids they make, and to make every token (with
-    ignore_merges a piece that is a token is taken whole, as tiktoken does).
+    merges must come in the order of the ids they make, and make every token (with ignore_merges a
+    piece that is a token is taken whole, as by tiktoken).
     """
     file, byte_of = read_json(path), gpt2_alphabet()
     model, splits = file["model"], file["pre_tokenizer"]
@@ -395,10 +385,8 @@ def optional_json(folder, name):
 
 
 def chat_of(folder, special, default):
-    """What comes before and after a question, each as a list of special tokens and texts.
-
-    The folder's chat template, `default` if it has none, is recognised, not run.
-    """
+    """What comes before and after a question, each as a list of special tokens and texts. The
+    folder's chat template, `default` if it has none, is recognised, not run."""
     path = Path(folder, "chat_template.jinja")
     template = path.read_text("utf-8") if path.is_file() else optional_json(
         folder, "tokenizer_config.json").get("chat_template")
@@ -423,19 +411,18 @@ def read_tokenizer(folder):
         raise FileNotFoundError(f"no tokenizer in {folder}: expected tokenizer.json, or the "
                                 f"tokenizer.model of Llama 3 (not one of sentencepiece)")
     with naming(f"the tokenizer in {folder}"):
-        is_json = paths[0].suffix == ".json"
+        is_json, default = paths[0].suffix == ".json", "no template"
         found = read_byte_bpe(paths[0]) if is_json else read_tiktoken(paths[0])
-        special, default = found["special"], "no template"
         if is_json or not Path(folder, "tokenizer_config.json").is_file():
             default = "Cutting Knowledge Date, or no template"  # a Llama 3 is Instruct's
-        chat = chat_of(folder, special, default)
+        before, after = chat_of(folder, found["special"], default)
         config = optional_json(folder, "config.json")
         ids = eos_list(config | optional_json(folder, "generation_config.json"))
-        names = {token: name for name, token in special.items()}
+        names = {token: name for name, token in found["special"].items()}
         require(set(ids) <= names.keys(), f"its eos_token_id, {ids}, is not of special tokens")
-        turn, ends = chat[1][0], "<|end_of_text|> <|endoftext|> <|eom_id|>".split()
-        eos = [end for end in (turn, *ends, *map(names.get, ids)) if end in special]
-        return found | dict(chat=chat, trim=turn == "<|eot_id|>", eos=list(dict.fromkeys(eos)))
+        ends = [after[0], "<|end_of_text|>", "<|endoftext|>", "<|eom_id|>", *map(names.get, ids)]
+        eos = list(dict.fromkeys(end for end in ends if end in found["special"]))
+        return found | dict(chat=[before, after], trim=after[0] == "<|eot_id|>", eos=eos)
 
 
 # ---------------------------------------------------------------------------- data sets
@@ -447,9 +434,7 @@ HUB = {  # task: (repository, configuration, splits)
 
 def dataset_rows(task, split, rows=None):
     """The rows of a task of HUB as dicts; with rows = (first, end) those only, streamed.
-
-    ValueError if there is no such split, no package `datasets`, no network, or no row.
-    """
+    ValueError if there is no such split, no network, or no row."""
     repository, configuration, splits = HUB[task]
     require(split in splits, f"{task} has no {split} split: it has {' and '.join(splits)}")
     with naming(f"{repository} (without a network pass a .jsonl file instead of {task})"):
