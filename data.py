@@ -166,8 +166,8 @@ def problem_from(row, default_id, where):
     OpenMathInstruct (problem, generated_solution, expected_answer) or a samples.jsonl.
 
     GSM8K's answer is a solution, with a calculator's <<1+1=2>> in it, then #### and the answer. A
-    sample is a worked solution only if it came to an end and boxes an answer, and is taken as it
-    is: a wrong chain must not be taught to end in the right answer.
+    sample is a worked solution if it came to an end and boxes an answer, right or wrong: a wrong
+    chain must not be taught to end in the right answer.
     """
     def first(*columns):
         return next((row[column] for column in columns if row.get(column) is not None), None)
@@ -195,17 +195,13 @@ def load_task(name_or_file, split):
     Hub: openmath2[1000:2000] are other rows than its first 50,000. A .jsonl file is its own split;
     of a samples.jsonl the test split has every question once. ValueError says what is wrong.
     """
-    hub_name = re.fullmatch(r"(\w+)(?:\[(\d+):(\d+)\])?", name_or_file)
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}: choose train or test")
     if name_or_file == "arithmetic":
         count = TRAIN_PROBLEMS if split == "train" else TEST_PROBLEMS
         return list(itertools.islice(arithmetic_problems(split), count))
-    if hub_name and hub_name[1] in hub.HUB:
-        return hub_problems(split, *hub_name.groups())
     if not name_or_file.endswith(".jsonl"):
-        raise ValueError(f"unknown task {name_or_file!r}: choose arithmetic, {', '.join(hub.HUB)}, "
-                         f"openmath2[1000:2000] or a .jsonl file")
+        return hub_problems(name_or_file, split)
     rows = list(json_lines(name_or_file))
     problems = [problem_from(row, str(i), where) for i, (where, row) in enumerate(rows)]
     if split == "test" and all("completion" in row for _, row in rows):
@@ -215,18 +211,22 @@ def load_task(name_or_file, split):
     return problems
 
 
-def hub_problems(split, task, first, end):
-    """The problems of a data set of the Hub: of rows first to end - 1, if given."""
-    rows = (int(first), int(end)) if first else (0, 50_000) if task == "openmath2" else None
-    found = enumerate(hub.dataset_rows(task, split, rows), rows[0] if rows else 0)
-    return [problem_from(row, f"{split}/{i}", f"{task}, row {i}") for i, row in found]
+def hub_problems(task, split):
+    """The problems of a data set of the Hub; of task[first:end] those of these rows."""
+    part = re.fullmatch(r"(\w+)\[(\d+):(\d+)\]", task)
+    name = part[1] if part else task
+    if name not in hub.HUB:
+        raise ValueError(f"unknown task {task!r}: choose arithmetic, {', '.join(hub.HUB)}, "
+                         f"openmath2[1000:2000] or a .jsonl file")
+    rows = (0, 50_000) if name == "openmath2" else None
+    rows = (int(part[2]), int(part[3])) if part else rows
+    found = enumerate(hub.dataset_rows(name, split, rows), rows[0] if rows else 0)
+    return [problem_from(row, f"{split}/{i}", f"{name}, row {i}") for i, row in found]
 
 
 def choose_subset(problems, limit, seed=None):
-    """The first `limit` problems, or with a seed as many at random, in their old order.
-
-    The paper measures 128 random problems of a test set.
-    """
+    """The first `limit` problems, or with a seed as many at random, in their old order; the paper
+    measures 128 random ones."""
     indices = range(len(problems))
     if seed is not None and limit is not None:
         indices = sorted(random.Random(seed).sample(indices, min(limit, len(indices))))
@@ -250,10 +250,8 @@ def prompt_template(task, path=None):
 
 
 def solution_text(problem):
-    """What a model is trained to write: the solution, or "" if there is none.
-
-    If it boxes no answer, its last line, #### answer, becomes \\boxed{answer}.
-    """
+    """What a model learns to write: the solution ("" if there is none) with its answer in a box,
+    which takes the place of a last line #### answer."""
     solution = problem.solution
     if not solution or "\\boxed" in solution:
         return solution
@@ -264,11 +262,8 @@ def solution_text(problem):
 
 
 class Pairs:
-    """(prompt ids, answer ids) of every worked solution, as a sequence.
-
-    The prompt is the question in its template and chat; the answer is solution_text and the id that
-    ends a turn. Encoded when asked for, in a thousandth of the time of training on it.
-    """
+    """(prompt ids, answer ids) of every worked solution: the question in its template and chat,
+    solution_text and the id that ends a turn. Encoded when asked for: training takes longer."""
 
     def __init__(self, problems, tokenizer, template):
         self.problems, self.tokenizer, self.template = problems, tokenizer, template

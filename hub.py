@@ -40,9 +40,7 @@ def naming(what):
 # ---------------------------------------------------------------------------- folders
 def download(path_or_repo, *patterns):
     """A folder's name as it is; of a repository "org/name", the folder with the files that match.
-
-    If org is a folder here ("out/pure"), it is no repository.
-    """
+    Where org is a folder, as in "out/pure", it is no repository."""
     name = str(path_or_repo)
     here = os.path.exists(name) or os.path.isdir(name.split("/")[0])
     if here or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
@@ -59,7 +57,7 @@ def tokenizer_folder(path_or_repo):
 
 
 def checkpoint_folder(path_or_repo):
-    """The folder of a checkpoint, downloaded if need be: .bin only where there is nothing else."""
+    """The folder of a checkpoint, downloaded if need be; .bin only if there is nothing else."""
     folder = download(path_or_repo, "*.json", "model*.safetensors")
     if weight_files(folder):
         return folder
@@ -118,8 +116,8 @@ def llama_fields(values):
     refuse_other(values | rope, ONLY)
     values = HF_DEFAULTS | {key: value for key, value in values.items() if value is not None}
     values["rope_theta"] = rope.pop("rope_theta", values["rope_theta"])
-    kinds = dict(model_type=str, rms_norm_eps=float, rope_theta=float)
-    check_fields(values, kinds | dict.fromkeys(HF_SIZES.values(), int), "config.json")
+    check_fields(values, dict.fromkeys(HF_SIZES.values(), int) | dict(
+        model_type=str, rms_norm_eps=float, rope_theta=float), "config.json")
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     values["rope_scaling"] = None if kind == "default" else rope | dict(rope_type=kind)
     values["eos_token_id"] = eos_list(values)
@@ -341,23 +339,22 @@ def read_byte_bpe(path):
     piece that is a token is taken whole, as by tiktoken).
     """
     file, byte_of = read_json(path), gpt2_alphabet()
-    model, splits = file["model"], file["pre_tokenizer"]
+    model, added, splits = file["model"], file["added_tokens"], file["pre_tokenizer"]
+    refuse_other(file | model, dict(normalizer=None, type="BPE", dropout=0, byte_fallback=False,
+                                    end_of_word_suffix=""))
     steps = splits.get("pretokenizers", [splits])
     patterns = [pattern for known, pattern in PRE_TOKENIZERS if known == steps]
     require(patterns, f"its pre-tokenizer, {steps}, is neither GPT-2's nor SmolLM2's nor Llama 3's")
-    refuse_other(file, dict(normalizer=None))
-    refuse_other(model, dict(type="BPE", dropout=0, byte_fallback=False, end_of_word_suffix=""))
-    special = {token["content"]: token["id"] for token in file["added_tokens"] if token["special"]}
-    require(len(special) == len(file["added_tokens"]), "it has added tokens that are not special")
+    require(all(token["special"] for token in added), "it has added tokens that are not special")
+    special = {token["content"]: token["id"] for token in added}
     vocab = {token: rank for token, rank in model["vocab"].items() if token not in special}
     ids = {*vocab.values(), *special.values()}
     require(len(ids) == len(vocab | special) and 0 <= min(ids) <= max(ids) < 2 * len(ids),
             f"its {len(ids):,} ids, {min(ids)} to {max(ids)}, are not one for each token")
-    made = [vocab.get(merge.replace(" ", "") if isinstance(merge, str) else "".join(merge))
-            for merge in model["merges"]]
+    made = [vocab.get("".join(merge).replace(" ", "")) for merge in model["merges"]]
     longer = {rank for token, rank in vocab.items() if len(token) > 1}
-    require(None not in made and made == sorted(made) and longer and
-            (model.get("ignore_merges") or longer == set(made)),
+    complete = model.get("ignore_merges") or longer == set(made)
+    require(longer and complete and None not in made and made == sorted(made),
             "its merges do not make its tokens in the order of the ids")
     ranks = [None] * (max(vocab.values()) + 1)
     for token, rank in vocab.items():
