@@ -6,16 +6,17 @@
 """
 import base64
 import itertools
-import os
 import random
 import re
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import tiktoken
 
 import hub
 from common import check_fields, json_lines, read_json, write_json
+from hub import HUB, naming, require
 
 
 @dataclass(frozen=True)
@@ -34,17 +35,15 @@ class Problem:
 #
 #   2.7) 4821 +7 = 4828
 #   ...
-#   2.1) 4863 +7 = 4870
 #   2.0) 4870 x7 = 4090
 #   1.7) 4090 +7 = 4097
 #   ...
 #   1.0) 4139 x7 = 8973
 #   \boxed{8973}
 #
-# Additions are easy and fill the page. A multiplication is done in the head, carries and all, and a
-# small model gets it right only some of the time: many rounds are hard, and so are large numbers.
-# The number is coprime to 10, so that a round maps no two numbers to one: a mistake is never
-# forgotten, and the answer is right only if the whole chain is.
+# Additions are easy and fill the page. A small model gets a multiplication, done in the head, right
+# only some of the time: many rounds are hard, and so are large numbers. The number is coprime to
+# 10, so that a round maps no two numbers to one: the answer is right only if the whole chain is.
 ROUNDS, NUMBERS = (1, 6), (3, 7, 11, 13, 17)
 TRAIN_PROBLEMS, TEST_PROBLEMS = 50_000, 1_000
 
@@ -65,10 +64,8 @@ def arithmetic_problem(rng):
 
 
 def arithmetic_problems(split):
-    """Endless problems of a split, always the same ones.
-
-    Train and test share no question: it is of the test split if its CRC-32 is a multiple of 8.
-    """
+    """Endless problems of a split, always the same ones. Train and test share no question: it is
+    of the test split if its CRC-32 is a multiple of 8."""
     rng, indices = random.Random(f"arithmetic {split}"), itertools.count()
     while True:
         question, solution, answer = arithmetic_problem(rng)
@@ -105,14 +102,12 @@ class Tokenizer:
 
     def decode(self, ids):
         """The text of ids, special tokens by their names. ValueError names an id that is none."""
-        with hub.naming(f"one of the ids (0 to {self.vocab_size - 1})"):
+        with naming(f"one of the ids (0 to {self.vocab_size - 1})"):
             return self.encoding.decode(ids)
 
     def chat(self, question, first=True):
-        """The prompt for a question, up to where the answer starts. What it spells is plain text.
-
-        first=False: a later turn, without begin-of-text and system message.
-        """
+        """The prompt for a question, up to where the answer starts; what it spells is plain text.
+        first=False: a later turn, without begin-of-text and system message."""
         before, after = self.definition["chat"]
         once = {"<|begin_of_text|>", *self.definition["eos"][:1]}  # this one ends the message
         while not first and once & set(before):
@@ -127,7 +122,7 @@ class Tokenizer:
         return ids + self.encode(text)
 
     def save(self, folder):
-        write_json(os.path.join(folder, TOKENIZER_FILE), self.definition)
+        write_json(Path(folder, TOKENIZER_FILE), self.definition)
 
 
 def arithmetic_definition():
@@ -183,20 +178,18 @@ def problem_from(row, default_id, where):
         answer = solution.rsplit("####", 1)[1]
     texts = dict(question=question, answer=answer, solution=solution)
     check_fields(texts, dict.fromkeys(texts, str), where)
-    if not (question.strip() and answer.strip()):
-        raise ValueError(f"{where}: its question or answer is empty")
+    require(question.strip() and answer.strip(), f"{where}: its question or answer is empty")
     return Problem(str(first("id", "unique_id") or default_id), question, answer.strip(), solution)
 
 
 def load_task(name_or_file, split):
     """The problems of a task's "train" or "test" split, as a list of Problem.
 
-    arithmetic is built in; gsm8k, math500 (test) and openmath2 (train) come from the Hugging Face
-    Hub: openmath2[1000:2000] are other rows than its first 50,000. A .jsonl file is its own split;
-    of a samples.jsonl the test split has every question once. ValueError says what is wrong.
+    arithmetic is built in; gsm8k, math500 and openmath2 come from the Hugging Face Hub; of a .jsonl
+    file both splits have all problems, but of a samples.jsonl test has every question once.
+    ValueError says what is wrong.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"unknown split {split!r}: choose train or test")
+    require(split in ("train", "test"), f"unknown split {split!r}: choose train or test")
     if name_or_file == "arithmetic":
         count = TRAIN_PROBLEMS if split == "train" else TEST_PROBLEMS
         return list(itertools.islice(arithmetic_problems(split), count))
@@ -206,17 +199,16 @@ def load_task(name_or_file, split):
     problems = [problem_from(row, str(i), where) for i, (where, row) in enumerate(rows)]
     if split == "test" and all("completion" in row for _, row in rows):
         problems = list({problem.question: problem for problem in problems}.values())
-    if not problems:
-        raise ValueError(f"{name_or_file} is missing or empty: expected a JSON object per line")
+    require(problems, f"{name_or_file} is missing or empty: expected a JSON object per line")
     return problems
 
 
 def hub_problems(task, split):
-    """The problems of a data set of the Hub; of task[first:end] those of these rows."""
+    """The problems of a data set of the Hub, of task[first:end] those of these rows; openmath2 has
+    14 million."""
     part = re.fullmatch(r"(\w+)\[(\d+):(\d+)\]", task)
     name = part[1] if part else task
-    if name not in hub.HUB:
-        raise ValueError(f"unknown task {task!r}: choose arithmetic, {', '.join(hub.HUB)}, "
+    require(name in HUB, f"unknown task {task!r}: choose arithmetic, {', '.join(HUB)}, "
                          f"openmath2[1000:2000] or a .jsonl file")
     rows = (0, 50_000) if name == "openmath2" else None
     rows = (int(part[2]), int(part[3])) if part else rows
@@ -237,15 +229,13 @@ INSTRUCTION = "{question}\n\nReason step by step, and put your final answer with
 
 
 def prompt_template(task, path=None):
-    """The text around a question, for str.replace("{question}", ...): questions have braces too.
-
-    The built-in task's is the bare question, any other's INSTRUCTION, unless a file is given.
-    """
+    """The text around a question, for str.replace("{question}", ...): a file's, else INSTRUCTION,
+    or for the built-in task the bare question."""
     if path is None:
         return "{question}" if task == "arithmetic" else INSTRUCTION
-    with hub.naming(path), open(path, encoding="utf-8") as file:
-        template = file.read().removesuffix("\n")  # editors add it
-        hub.require(template.count("{question}") == 1, "expected exactly one {question}")
+    with naming(path):
+        template = Path(path).read_text("utf-8").removesuffix("\n")  # editors add it
+        require(template.count("{question}") == 1, "expected exactly one {question}")
     return template
 
 
@@ -283,8 +273,8 @@ def load_tokenizer(dir_or_name):
     if dir_or_name == "arithmetic":
         return Tokenizer(arithmetic_definition())
     folder = hub.tokenizer_folder(dir_or_name)
-    own = os.path.join(folder, TOKENIZER_FILE)
-    if not os.path.isfile(own):
+    own = Path(folder, TOKENIZER_FILE)
+    if not own.is_file():
         return Tokenizer(hub.read_tokenizer(folder))
-    with hub.naming(own):
+    with naming(own):
         return Tokenizer(read_json(own))

@@ -13,7 +13,6 @@ import base64
 import contextlib
 import itertools
 import json
-import os
 import re
 import zlib
 from pathlib import Path
@@ -42,7 +41,7 @@ def download(path_or_repo, *patterns):
     """A folder's name as it is; of a repository "org/name", the folder with the files that match.
     Where org is a folder, as in "out/pure", it is no repository."""
     name = str(path_or_repo)
-    here = os.path.exists(name) or os.path.isdir(name.split("/")[0])
+    here = Path(name).exists() or Path(name.split("/")[0]).is_dir()
     if here or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         return name
     with naming(f"no folder {name}, and the repository (if gated: `hf auth login`)"):
@@ -82,7 +81,7 @@ def fingerprint(path_or_repo):
 
 
 # ---------------------------------------------------------------------------- config.json
-HF_SIZES = dict(  # field of model.Config -> key of a Hugging Face Llama's config.json
+HF_SIZES = dict(  # field of model.Config -> key of a Llama's config.json; from mixers on, ours
     vocab_size="vocab_size", d_model="hidden_size", n_layers="num_hidden_layers",
     n_heads="num_attention_heads", d_ff="intermediate_size")
 HF_KEYS = HF_SIZES | dict(
@@ -122,7 +121,7 @@ def llama_fields(values):
     values["rope_scaling"] = None if kind == "default" else rope | dict(rope_type=kind)
     values["eos_token_id"] = eos_list(values)
     if values.get("discrete_mamba2") is False:  # a key that we wrote once
-        values["mixers"] = [dict(mamba2="mamba2_step").get(x, x) for x in values["mixers"]]
+        values["mixers"] = [{"mamba2": "mamba2_step"}.get(x, x) for x in values["mixers"]]
     return {field: values[key] for field, key in HF_KEYS.items() if key in values}
 
 
@@ -290,9 +289,9 @@ def write_checkpoint(folder, fields, tensors):
     config["eos_token_id"] = config.get("eos_token_id") or None
     if config.get("rope_scaling"):
         config["rope_scaling"] = dict(rope_type="llama3") | config["rope_scaling"]
-    replace_file(os.path.join(folder, "model.safetensors"),
+    replace_file(Path(folder, "model.safetensors"),
                  lambda path: save_file(tensors, path, metadata=dict(format="pt")))
-    write_json(os.path.join(folder, "config.json"), config)
+    write_json(Path(folder, "config.json"), config)
 
 
 # ---------------------------------------------------------------------------- tokenizers
@@ -363,13 +362,13 @@ def read_byte_bpe(path):
 
 
 START, HEADER = "<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n"
+USER, ANSWER = HEADER.format("user"), "<|eot_id|>" + HEADER.format("assistant")
 LLAMA3_SYSTEM = HEADER.format("system") + (
     "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>")
-LLAMA3_CHAT = HEADER.format("user"), "<|eot_id|>" + HEADER.format("assistant")
 SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 CHATS = (  # words of a chat template, and what it puts before and after a question
-    ("Cutting Knowledge Date", START + LLAMA3_SYSTEM + LLAMA3_CHAT[0], LLAMA3_CHAT[1]),
-    ("<|start_header_id|>", START + LLAMA3_CHAT[0], LLAMA3_CHAT[1]),
+    ("Cutting Knowledge Date", START + LLAMA3_SYSTEM + USER, ANSWER),
+    ("<|start_header_id|>", START + USER, ANSWER),
     (SMOLLM2_SYSTEM, f"<|im_start|>system\n{SMOLLM2_SYSTEM}<|im_end|>\n<|im_start|>user\n",
      "<|im_end|>\n<|im_start|>assistant\n"),
     ("no template", START, "\n"), ("no template", "", "\n"))  # a base model's
