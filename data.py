@@ -28,7 +28,7 @@ class Problem:
     solution: str  # a worked solution that ends in the answer, for training; "" if there is none
 
 
-# ---------------------------------------------------------------------------- the built-in task
+# ---- the built-in task
 # One real example; 2.7) means that two rounds and seven additions are left:
 #
 #   In each of 2 rounds do +7 7 times, then x7, keeping four digits. Start: 4821
@@ -73,7 +73,7 @@ def arithmetic_problems(split):
             yield Problem(f"{split}/{next(indices)}", question, answer, solution)
 
 
-# ---------------------------------------------------------------------------- tokenizer
+# ---- tokenizer
 TOKENIZER_FILE = "tokenizer.tiktoken.json"
 
 

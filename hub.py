@@ -36,7 +36,7 @@ def naming(what):
         raise ValueError(f"{what} cannot be used: {kind}{first_line(error)}") from None
 
 
-# ---------------------------------------------------------------------------- folders
+# ---- folders
 def download(path_or_repo, *patterns):
     """A folder's name as it is; of a repository "org/name", the folder with the files that match.
     Where org is a folder, as in "out/pure", it is no repository."""
@@ -80,7 +80,7 @@ def fingerprint(path_or_repo):
     return f"{crc:08x}"
 
 
-# ---------------------------------------------------------------------------- config.json
+# ---- config.json
 HF_SIZES = dict(  # field of model.Config -> key of a Llama's config.json; from mixers on, ours
     vocab_size="vocab_size", d_model="hidden_size", n_layers="num_hidden_layers",
     n_heads="num_attention_heads", d_ff="intermediate_size")
@@ -177,7 +177,7 @@ def read_config(folder):
     return read_layout(folder)[0]
 
 
-# ---------------------------------------------------------------------------- weights
+# ---- weights
 EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -294,7 +294,7 @@ def write_checkpoint(folder, fields, tensors):
     write_json(Path(folder, "config.json"), config)
 
 
-# ---------------------------------------------------------------------------- tokenizers
+# ---- tokenizers
 # What cuts a text into pieces before merging. SmolLM2's is GPT-2's, but every digit is a piece, and
 # so are all spaces before one.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -421,7 +421,7 @@ def read_tokenizer(folder):
         return found | dict(chat=[before, after], trim=after[0] == "<|eot_id|>", eos=eos)
 
 
-# ---------------------------------------------------------------------------- data sets
+# ---- data sets
 HUB = {  # task: (repository, configuration, splits)
     "gsm8k": ("openai/gsm8k", "main", ("train", "test")),
     "math500": ("HuggingFaceH4/MATH-500", None, ("test",)),

@@ -16,7 +16,7 @@ from conftest import ROOT
 from data import Problem, Tokenizer, load_task, load_tokenizer
 
 
-# ---------------------------------------------------------------------------- the built-in task
+# ---- the built-in task
 ARITHMETIC = {split: list(itertools.islice(data.arithmetic_problems(split), 1500))
               for split in ("train", "test")}  # the first problems: all 50,000 take two seconds
 
@@ -58,7 +58,7 @@ def test_every_solution_is_right_and_follows_from_its_question():
     assert sum(n for _, n in answers.most_common(64)) < 0.25 * answers.total()
 
 
-# ---------------------------------------------------------------------------- tasks in files
+# ---- tasks in files
 def write(path, *lines):
     path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines))
     return str(path)
@@ -161,7 +161,7 @@ def test_only_the_built_in_task_is_asked_bare(tmp_path):
             data.prompt_template("gsm8k", str(path))
 
 
-# ---------------------------------------------------------------------------- the tokenizer
+# ---- the tokenizer
 TOKENIZER = load_tokenizer("arithmetic")
 NASTY = [
     "", "Start with 4821. In each of 2 rounds do +7 3 times, then x13.",

@@ -63,7 +63,7 @@ def write(folder, tensors, weights="model.safetensors", **configs):
     return str(folder)
 
 
-# ------------------------------------------------------------------ released mixers: w, u (L, D)
+# ---- released mixers: w, u (L, D)
 def rms_norm(x, weight):
     return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
 
@@ -147,7 +147,7 @@ def assert_same_model(folder, tensors, release, mixers):
     return ours
 
 
-# ------------------------------------------------------------------ MambaInLlama, M1, Llamba
+# ---- MambaInLlama, M1, Llamba
 MAMBA1 = dict(in_proj_x=(KV, D), B_proj=(KV, D), C_proj=(INNER, D), in_proj_z=(INNER, D),
               dt_proj_down=(RANK, D), dt_proj=(INNER, RANK), out_proj=(D, INNER),
               A_log=(INNER, 16), D=(INNER,)) | {"dt_proj.bias": (INNER,)}
@@ -244,7 +244,7 @@ def test_released_llamba_computes_what_its_code_does(tmp_path, tied):
     assert not any(t.any() for name, t in ours.items() if "A_log_bias" in name)
 
 
-# ------------------------------------------------------------------ other people's Llamas
+# ---- other people's Llamas
 OLD_ROPE = {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_type"}
 FIELDS = {
     "3.2": dict(rope_parameters=LLAMA3_ROPE | dict(rope_theta=700.0), rope_theta=None),  # new
@@ -340,7 +340,7 @@ def test_what_would_compute_something_else_is_refused_by_name(tmp_path, release,
     assert "\n" not in str(error.value)
 
 
-# ------------------------------------------------------------------ weight files
+# ---- weight files
 EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"
 
 
@@ -435,7 +435,7 @@ def test_a_fingerprint_is_the_crc_of_all_weight_files(tmp_path):
     assert hub.fingerprint(tmp_path) == f"{zlib.crc32(b'onetwothree'):08x}"
 
 
-# ------------------------------------------------------------------ the Hub
+# ---- the Hub
 @pytest.fixture
 def snapshots(monkeypatch):
     """A package huggingface_hub whose snapshot_download does snapshots.answer(patterns)."""
@@ -503,7 +503,7 @@ def test_without_datasets_or_network_the_way_out_is_named(monkeypatch, load):
         hub.dataset_rows("openmath2", "train", (0, 2))
 
 
-# ------------------------------------------------------------------ tokenizers
+# ---- tokenizers
 BITS = [  # what a pre-tokenizer may stumble over; a fuzzed text is a few of them in a row
     " ", "  ", "    ", "\t", "\n", "\r\n", "\n\n", " \n", "\v", "\x85", "\xa0", "\u2003", "\u2028",
     "1", "12", "2024", "1,000", "3.14", "٣", "Ⅳ", "½", "²", "𝟘", "〇", "🤖", "👩‍👧", "e\u0301",
@@ -654,7 +654,7 @@ def test_which_of_several_tokenizers_counts(trained, llama3):
         loaded()
 
 
-# ------------------------------------------------------------------ chats
+# ---- chats
 SMOLLM2_TEMPLATE = (  # the one in the repositories of SmolLM2
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
