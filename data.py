@@ -161,8 +161,8 @@ def problem_from(row, default_id, where):
     OpenMathInstruct (problem, generated_solution, expected_answer) or a samples.jsonl.
 
     GSM8K's answer is a solution, with a calculator's <<1+1=2>> in it, then #### and the answer. A
-    sample is a worked solution if it came to an end and boxes an answer, right or wrong: a wrong
-    chain must not be taught to end in the right answer.
+    sample is a worked solution if it came to an end and boxes an answer. It is taken as it is: no
+    wrong chain is taught to end in the right answer.
     """
     def first(*columns):
         return next((row[column] for column in columns if row.get(column) is not None), None)
@@ -170,8 +170,8 @@ def problem_from(row, default_id, where):
     question, answer = first("question", "problem"), first("answer", "expected_answer", "gold")
     answer = str(answer) if type(answer) in (int, float) else answer
     solution = first("solution", "generated_solution") or ""
-    if isinstance(row.get("completion"), str):
-        told = row.get("finish") == "stop" and "\\boxed{" in row["completion"]
+    if "completion" in row:
+        told = row.get("finish") == "stop" and "\\boxed{" in str(row["completion"])
         solution = row["completion"] if told else ""
     if isinstance(answer, str) and "####" in answer:
         solution = re.sub(r"<<[^<>]*>>", "", answer)

@@ -50,7 +50,7 @@ def download(path_or_repo, *patterns):
 
 
 def tokenizer_folder(path_or_repo):
-    """The folder of a model's tokenizer and chat format, downloaded if need be."""
+    """The folder of a model's tokenizer and chat template, downloaded if need be."""
     return download(path_or_repo, "tokenizer*", "original/tokenizer.model", "chat_template.jinja",
                     "config.json", "generation_config.json")
 
@@ -137,20 +137,19 @@ def llamba_as_llama(values):
 
 
 def mamba_fields(llama, mamba):
-    """Fields of Config of a MambaInLlama or M1 student: those of its Llama, and what has replaced
-    attention by its mamba_config.json (mamba/hybrid_mamba_config.py); only Mamba-2 has `ngroups`.
-    """
+    """Fields of Config of a MambaInLlama or M1 student: its Llama's, and the mixers by its
+    mamba_config.json (mamba/hybrid_mamba_config.py), where only Mamba-2 has `ngroups`."""
     layers, width, heads = (llama[field] for field in ("n_layers", "d_model", "n_heads"))
     fields = dict(n_kv_heads=heads, head_dim=width // heads) | llama
-    attention, ssm, mixer = mamba["attn_layers"], mamba["ssm_cfg"], "mamba"
+    attention, ssm = mamba["attn_layers"], mamba["ssm_cfg"]
     known = "expand d_state d_conv dt_rank ngroups repeat_kv_before_conv chunk_size"
     require(ssm.keys() <= set(known.split()), f"ssm_cfg has {', '.join(ssm)}, supported: {known}")
     require(set(attention) <= set(range(layers)), f"attn_layers = {attention} of {layers} layers")
-    if "ngroups" in ssm:
-        mixer = "mamba2_step"
+    mixer = "mamba2_step" if "ngroups" in ssm else "mamba"
+    if mixer == "mamba2_step":
         refuse_other(ssm, dict(ngroups=heads, d_state=fields["head_dim"]))
-    return fields | dict(
-        mixers=["attention" if layer in attention else mixer for layer in range(layers)])
+    mixers = ["attention" if layer in attention else mixer for layer in range(layers)]
+    return fields | dict(mixers=mixers)
 
 
 def read_layout(folder):
@@ -158,7 +157,7 @@ def read_layout(folder):
     path, released = Path(folder, "config.json"), Path(folder, "mamba_config.json")
     if not path.is_file():
         raise FileNotFoundError(
-            f"no checkpoint in {folder}: expected config.json and model.safetensors there")
+            f"no checkpoint in {folder}: expected config.json and model.safetensors")
     with naming(f"the checkpoint in {folder}"):
         values = read_json(path)
         if values.get("model_type") == "llamba":
@@ -182,8 +181,8 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 def map_file(path, names=None):
-    """{name: tensor} of a weight file (of these names; of a .bin all), mapped: read when used, and
-    in memory from then on until the tensor is dropped."""
+    """{name: tensor} of a weight file (of these names; of a .bin all), mapped: what is used is in
+    memory until the tensor is dropped."""
     import torch
     from safetensors import safe_open
     with naming(path):
@@ -355,10 +354,10 @@ def read_byte_bpe(path):
     complete = model.get("ignore_merges") or longer == set(made)
     require(longer and complete and None not in made and made == sorted(made),
             "its merges do not make its tokens in the order of the ids")
-    ranks = [None] * (max(vocab.values()) + 1)
-    for token, rank in vocab.items():
-        ranks[rank] = base64.b64encode(bytes(byte_of[c] for c in token)).decode()
-    return dict(pattern=patterns[0], ranks=ranks, special=special)
+    ranks = {rank: base64.b64encode(bytes(byte_of[c] for c in token)).decode()
+             for token, rank in vocab.items()}
+    return dict(pattern=patterns[0], special=special,
+                ranks=[ranks.get(rank) for rank in range(max(ranks) + 1)])
 
 
 START, HEADER = "<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n"
@@ -404,11 +403,11 @@ def read_tokenizer(folder):
              ("tokenizer.model", "original/tokenizer.model", "tokenizer.json")]
     paths = [path for path in paths if path.is_file() and path.read_bytes()[:1] != b"\n"]
     if not paths:  # sentencepiece's begins with a newline
-        raise FileNotFoundError(f"no tokenizer in {folder}: expected tokenizer.json, or the "
-                                f"tokenizer.model of Llama 3 (not one of sentencepiece)")
+        raise FileNotFoundError(f"no tokenizer in {folder}: expected tokenizer.json, or Llama 3's "
+                                f"tokenizer.model (not one of sentencepiece)")
     with naming(f"the tokenizer in {folder}"):
         is_json, default = paths[0].suffix == ".json", "no template"
-        found = read_byte_bpe(paths[0]) if is_json else read_tiktoken(paths[0])
+        found = (read_byte_bpe if is_json else read_tiktoken)(paths[0])
         if is_json or not Path(folder, "tokenizer_config.json").is_file():
             default = "Cutting Knowledge Date, or no template"  # a Llama 3 is Instruct's
         before, after = chat_of(folder, found["special"], default)
