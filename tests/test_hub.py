@@ -436,38 +436,30 @@ def test_a_fingerprint_is_the_crc_of_all_weight_files(tmp_path):
 
 
 # ---- the Hub
-@pytest.fixture
-def snapshots(monkeypatch):
-    """A package huggingface_hub whose snapshot_download does snapshots.answer(patterns)."""
-    fake = SimpleNamespace(asked=[])
-    fake.snapshot_download = lambda name, allow_patterns: (
-        fake.asked.append((name, *allow_patterns)), fake.answer())[1]
+def test_a_repository_is_downloaded_without_weights_that_it_has_twice(monkeypatch, tmp_path):
+    """.bin files only where there are no safetensors. What cannot be had is one clear line."""
+    asked = []
+    fake = SimpleNamespace(snapshot_download=lambda name, allow_patterns: (
+        asked.append((name, *allow_patterns)), str(tmp_path))[1])
     monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
-    return fake
-
-
-def test_bin_files_are_downloaded_only_where_there_are_no_safetensors(snapshots, tmp_path):
-    """Many repositories hold the weights twice."""
-    snapshots.answer = lambda: str(tmp_path)
     assert hub.checkpoint_folder("org/name-1.5B") == str(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert hub.checkpoint_folder("org/name-1.5B") == str(tmp_path)
-    assert snapshots.asked == [("org/name-1.5B", "*.json", weights) for weights in (
+    assert asked == [("org/name-1.5B", "*.json", weights) for weights in (
         "model*.safetensors", "pytorch_model*.bin", "model*.safetensors")]
     assert hub.tokenizer_folder("org/name") == str(tmp_path)
-    assert not any("model*" in pattern or pattern == "*" for pattern in snapshots.asked[3])
+    assert not any("model*" in pattern or pattern == "*" for pattern in asked[3])
+    fake.snapshot_download = lambda name, allow_patterns: {}["403"]
+    for package, reason in (fake, "403"), (None, "huggingface_hub"):
+        monkeypatch.setitem(sys.modules, "huggingface_hub", package)
+        with pytest.raises(ValueError, match=f"^no folder org/name.*hf auth login.*{reason}.*$"):
+            hub.checkpoint_folder("org/name")
 
 
-def test_a_repository_that_cannot_be_had_is_one_clear_line(snapshots, monkeypatch, tmp_path):
-    """And only what looks like one is looked for: existing folders are taken as they are, and a
-    missing out/teacher is no one's repository."""
-    snapshots.answer = lambda: {}["403"]
-    with pytest.raises(ValueError, match="no folder org/name.*hf auth login.*403.$"):
-        hub.checkpoint_folder("org/name")
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match="no folder org/name.*huggingface_hub"):
-        hub.tokenizer_folder("org/name")
+def test_only_what_looks_like_a_repository_is_looked_for(monkeypatch, tmp_path):
+    """Existing folders as they are; a missing out/teacher is no one's repository."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     os.makedirs("org/name")
     os.mkdir("out")
     for name in ("org/name", "out/teacher", "teacher", "a/b/c", "/org/name", "./name", "../name",
@@ -494,13 +486,13 @@ def test_rows_come_whole_or_streamed_no_further_than_needed(monkeypatch):
             hub.dataset_rows(task, "train", rows)
 
 
-@pytest.mark.parametrize("load", [None, lambda: 1 / 0, lambda: (1 / 0 for _ in "a")],
-                         ids=["no package", "no network", "lost while streaming"])
-def test_without_datasets_or_network_the_way_out_is_named(monkeypatch, load):
-    package = load and SimpleNamespace(load_dataset=lambda *names, **options: load())
-    monkeypatch.setitem(sys.modules, "datasets", package)
-    with pytest.raises(ValueError, match="nvidia.*pass a .jsonl.*(datasets|division)"):
-        hub.dataset_rows("openmath2", "train", (0, 2))
+def test_without_datasets_or_network_the_way_out_is_named(monkeypatch):
+    """Also where the network is lost while rows are streamed."""
+    for load in None, lambda: 1 / 0, lambda: (1 / 0 for _ in "a"):
+        package = load and SimpleNamespace(load_dataset=lambda *names, **options: load())
+        monkeypatch.setitem(sys.modules, "datasets", package)
+        with pytest.raises(ValueError, match="nvidia.*pass a .jsonl.*(datasets|division)"):
+            hub.dataset_rows("openmath2", "train", (0, 2))
 
 
 # ---- tokenizers
