@@ -653,7 +653,7 @@ def from_pretrained(cls, path_or_repo, device=None, dtype=None):
     shapes = {name: tuple(tensor.shape) for name, tensor in lm.state_dict().items()}
 
     def place(name, tensor):
-        return tensor.to(device, weight_dtype(lm, name, dtype))
+        return tensor.to(device, weight_dtype(lm, name, dtype), copy=True)
     lm.load_state_dict(hub.read_tensors(folder, shapes, place), assign=True)
     return lm
 
