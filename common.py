@@ -1,13 +1,12 @@
 """What every script shares: errors in one line, options and their checks, JSON, files that are
 replaced whole, the identity of a run, locks, the device. Nothing here is about models; torch is
-imported only where it is needed.
+imported where it is needed.
 """
 import argparse
 import contextlib
 import fcntl
 import json
 import os
-import platform
 import re
 import signal
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 
 # ---- errors in one line
 def first_line(error):
-    """The first line of what an exception says, or its name."""
+    """The first line of an exception's text, or its name."""
     return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
@@ -30,11 +29,11 @@ def run(main, lower="the batch", child=False, resumes=True):
     def stop(signum, frame):
         raise SystemExit(128 + signum)
     signal.signal(signal.SIGTERM, stop)
-    # what a shell starts in the background would ignore Ctrl-C
+    # else a shell's background jobs ignore Ctrl-C
     signal.signal(signal.SIGINT, signal.SIG_IGN if child else signal.default_int_handler)
     try:
         return main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         code = complain(" ".join(str(error).split()))
     except RuntimeError as error:
         if not re.search("out of memory|can't allocate memory", str(error)):
@@ -51,7 +50,7 @@ def run(main, lower="the batch", child=False, resumes=True):
 
 
 def complain(message):
-    """Print a mistake in one line; its exit code."""
+    """Print a mistake in one line; exit code 2."""
     print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
     return 2
 
@@ -81,8 +80,8 @@ def number(least, most=10 ** 12, kind=int):
         try:
             value = kind(text)
         except ValueError:
-            what = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {what}") from None
+            whole = "whole " if kind is int else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number") from None
         if not least <= value <= most:  # refuses nan too
             raise argparse.ArgumentTypeError(f"{text} is out of range, {least:g} to {most:g}")
         return value
@@ -99,7 +98,7 @@ def folder_name(text):
 
 # ---- JSON
 def parse_json(content, where, kind=dict):
-    """The value, of this kind (dict, list), in some bytes of JSON; ValueError says where not."""
+    """The value in some bytes of JSON, of this kind, dict or list; ValueError says where not."""
     def refuse(constant):
         raise ValueError(f"{constant} is not JSON")
     try:
@@ -113,14 +112,14 @@ def parse_json(content, where, kind=dict):
 
 
 def read_json(path, kind=dict):
-    """The value, of this kind (dict, list), in a JSON file; ValueError names the file."""
+    """The value in a JSON file, of this kind, dict or list; ValueError names the file."""
     return parse_json(Path(path).read_bytes(), path, kind)
 
 
-LARGEST = sys.float_info.max
+MOST = sys.float_info.max
 FIELDS = {str: ("text", lambda v: type(v) is str),
-          int: ("a whole number, 0 or more", lambda v: type(v) is int and 0 <= v <= LARGEST),
-          float: ("a finite number", lambda v: type(v) in (int, float) and abs(v) <= LARGEST)}
+          int: ("a whole number, 0 or more", lambda v: type(v) is int and 0 <= v <= MOST),
+          float: ("a finite number", lambda v: type(v) in (int, float) and abs(v) <= MOST)}
 
 
 def check_fields(record, fields, where):
@@ -146,7 +145,7 @@ def json_lines(path, torn=False):
 
 
 def read_jsonl(path, fields=(), torn=False):
-    """The dicts of json_lines, a list; each has these fields, {name: str, int or float}."""
+    """The dicts of json_lines in a list, each with these fields {name: str, int or float}."""
     lines = list(json_lines(path, torn))
     for where, record in lines:
         check_fields(record, dict(fields), where)
@@ -160,7 +159,7 @@ def json_line(record):
 
 # ---- files and runs
 def replace_file(path, write):
-    """Call write(temporary path), then rename that: readers see the old file or the new one."""
+    """Call write(temporary path), then rename: readers see the old file or the new one."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
@@ -206,13 +205,13 @@ def same_settings(path, settings, begun):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Only one process works in a folder at a time: ValueError for another."""
+    """One process works in a folder at a time: ValueError for another."""
     os.makedirs(folder, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for name in os.listdir(folder):
-            if re.search(r"\.\d+\.tmp$", name):  # half a file of a process that was killed
+            if re.search(r"\.\d+\.tmp$", name):  # half a file of a killed process
                 os.remove(os.path.join(folder, name))
         yield
     except BlockingIOError:
@@ -235,9 +234,8 @@ def find_models(out):
 
 # ---- device
 def choose_device(device=None, dtype=None):
-    """(torch.device, torch.dtype), printed with the reason: as asked for, else cuda in bfloat16, or
-    in float32 before Ampere, which only emulates bfloat16; without a GPU cpu in float32.
-    """
+    """(torch.device, torch.dtype), printed with the reason: as asked for, else cuda in bfloat16 (in
+    float32 before Ampere, which only emulates it), else cpu in float32."""
     import torch
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda was asked for, but PyTorch finds no GPU here: "
@@ -255,7 +253,7 @@ def device_name(device):
     import torch
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
-    names = [platform.processor() or platform.machine()]
+    names = [os.uname().machine]
     with contextlib.suppress(OSError):
         names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) or names
     return f"cpu ({names[0]}, {torch.get_num_threads()} threads)"
