@@ -110,8 +110,10 @@ def speed_of(tokens, work, *arguments):
 
 
 def race(runs, repeats, **about):
-    """Yield a dict for each of runs, {name: (function, *arguments) that gives tokens per second},
-    which take turns: what is `about` all, its name, its speed."""
+    """Yield a dict of `about`, name and speed for each of some runs, which take turns.
+
+    runs: {name: (function that returns tokens per second, *its arguments)}.
+    """
     turns = np.array([[function(*arguments) for function, *arguments in runs.values()]
                       for _ in range(repeats)])  # (repeats, runs)
     for name, speeds, ratios in zip(runs, turns.T, (turns / turns[:, :1]).T):
@@ -121,7 +123,7 @@ def race(runs, repeats, **about):
 
 # ---- decoding
 POSITIONS, STEPS = 8, 8  # lengths of the context; steps timed at each, on a GPU one visit
-ROOM = 32  # room for tokens behind the last, so that no row is ever done
+ROOM = 32  # tokens of room behind the last: no row is ever done
 
 
 def full_batch(empty, device, rows, prompt, new):
@@ -183,7 +185,7 @@ def bench_against(against, batch, prompt, generate, repeats, device, dtype):
     theirs = AutoModelForCausalLM.from_pretrained(against, dtype=dtype).to(device).eval()
     for rows, new in itertools.product(batch, generate):
         prompts = torch.randint(1, ours.config.vocab_size, (rows, prompt), device=device)
-        theirs.generation_config = GenerationConfig(  # without eos, no text stops; static compiles
+        theirs.generation_config = GenerationConfig(  # without eos, no text stops
             do_sample=True, temperature=0.8, top_k=0, max_new_tokens=new, pad_token_id=0,
             cache_implementation="static" if device.type == "cuda" else None)
 
