@@ -64,7 +64,7 @@ class Config:
         check(self)
 
 
-# ---------------------------------------------------------------------------- Llama
+# ---- Llama
 class RMSNorm(nn.Module):
     """x / rms(x) * weight (Zhang & Sennrich 2019)."""
 
@@ -149,7 +149,7 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-# ---------------------------------------------------------------------------- Mamba
+# ---- Mamba
 class Mamba(nn.Module):
     """MambaInLlama's Mamba-1 mixer (Wang et al. 2024): x, B, C, out where v, k, q, o stood.
 
@@ -281,7 +281,7 @@ class Mamba2(nn.Module):
 MIXERS = {"attention": Attention, "mamba": Mamba, "mamba2": Mamba2}
 
 
-# ---------------------------------------------------------------------------- the model
+# ---- the model
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + MLP(norm(x)). The mixer is all that distillation replaces."""
 
@@ -389,7 +389,7 @@ class LM(nn.Module):
     # LM.save_pretrained and LM.from_pretrained stand below the line.
 
 
-# ---------------------------------------------------------------------------- teacher -> student
+# ---- teacher -> student
 UNIT_GATE = 1.278464542761  # SiLU(UNIT_GATE) = 1
 LONGEST_MEMORY, SHORTEST_MEMORY = -6.0, 0.0  # a_bias of the first, last head: decay 0.998, 0.5
 

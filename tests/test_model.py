@@ -31,7 +31,7 @@ def random_inputs(*shape, seed=3):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-# ---------------------------------------------------------------------------- Llama
+# ---- Llama
 LLAMAS = {
     "tied, GQA": {},
     "untied": dict(tie_embeddings=False),
@@ -97,7 +97,7 @@ def test_llama3_rope_of_a_released_size():
     assert (ratio[14:19].diff() < 0).all()
 
 
-# ---------------------------------------------------------------------------- decoding
+# ---- decoding
 def decode(lm, tokens, splits, **options):
     """Logits of tokens (B, L) fed to a state in pieces of the given lengths."""
     state = lm.init_state(*tokens.shape, **options)
@@ -226,7 +226,7 @@ def test_a_gpu_computes_what_the_cpu_does(make_lm, pattern):
     assert_close(decode(lm.cuda(), tokens.cuda(), [9] + [1] * 14).cpu(), wanted)
 
 
-# ---------------------------------------------------------------------------- mixers
+# ---- mixers
 # Their formulas: test_hub.py runs what others released against literal loops.
 @pytest.mark.parametrize("word", ["attention", "mamba2", "gla"])
 def test_the_matrix_of_a_mixer_is_what_it_does(make_lm, gla, word):
@@ -247,7 +247,7 @@ def test_the_matrix_of_a_mixer_is_what_it_does(make_lm, gla, word):
     assert word != "attention" or (T.sum(-1) - 1).abs().max() < 1e-5
 
 
-# ---------------------------------------------------------------------------- saving and loading
+# ---- saving and loading
 # What is missing, misshapen or unreadable is named: see test_hub.py.
 @pytest.mark.parametrize("fields", [{}, dict(
     tie_embeddings=False, norm_eps=1e-3, rope_theta=77.0, eos_ids=[7], d_conv=3, d_state=4,
@@ -337,7 +337,7 @@ def test_a_mixer_refuses_what_it_cannot_take_and_a_config_what_it_does_not_have(
         Config(n_layer=3)
 
 
-# ---------------------------------------------------------------------------- prepare
+# ---- prepare
 def products(lm):
     return [module for module in lm.modules() if isinstance(module, Products)]
 
@@ -377,7 +377,7 @@ def test_prepare_packs_large_weights(make_lm, dtype, tied):
     assert_close(lm(tokens[:1, :1]), wanted[:1, :1])
 
 
-# ---------------------------------------------------------------------------- teacher -> student
+# ---- teacher -> student
 def repeat_heads(weight, times):
     """[k1, k2] -> [k1, k1, k2, k2] in heads of 8: query heads 0 and 1 share kv head 0."""
     return torch.cat([head for head in weight.split(8) for _ in range(times)])
@@ -491,7 +491,7 @@ def test_impossible_students_are_refused(make_lm, mixers, message):
         student_from(make_lm(), mixers)
 
 
-# ---------------------------------------------------------------------------- a mixer of one's own
+# ---- a mixer of one's own
 class GatedLinearAttention(nn.Module):
     """h_t = diag(a_t) h_{t-1} + k_t v_t^T, y_t = q_t h_t (Yang et al. 2024), as a plain loop."""
     key, output, float32 = "gla", "o_proj", ("decay_bias",)
