@@ -184,14 +184,14 @@ def read_log(path):
 
 
 def read_matrices(path):
-    """What draw_matrices needs: L tokens, a layer, {moment: (3, L, L)}; {} without a file."""
+    """What draw_matrices needs: L tokens, a layer, {moment: (heads, L, L)}; {} without a file."""
     if not path.exists():
         return {}
     try:
         with np.load(path) as file:  # without pickles: a file is data, not code
             length, layer = len(file["tokens"]), int(file["layer"])
             return dict(tokens=file["tokens"], layer=layer, **{
-                moment: file[moment].astype(np.float64).reshape(3, length, length)
+                moment: file[moment].astype(np.float64).reshape(-1, length, length)
                 for moment in MOMENTS if moment in file or moment == "teacher"})
     except Exception as error:  # numpy has many for a damaged file
         raise ValueError(f"{path} is not a matrices.npz of distill.py: {error!r}") from None
