@@ -1,26 +1,25 @@
-"""Several processes: those of torchrun, which share one training or one sampling, and those that
-train students beside each other on a CPU.
+"""Several processes: those of torchrun share one training or one sampling, those of run_all
+train a student each on a CPU.
 
-Under torchrun, N processes train one model with PyTorch's FSDP2: each keeps 1/N of every weight,
-gradient and moment, and computes its pieces of every batch. A block's weights are gathered, in
-float32, around its call. Checkpoints hold whole tensors, so that a run can go on with another N.
-Outside torchrun there is one process, and what is said about others does nothing.
+Under torchrun PyTorch's FSDP2 trains one model: each process keeps its share of every weight,
+gradient and moment, gathers the weights of a block, in float32, around its call, and computes its
+pieces of every batch. Checkpoints hold whole tensors: a run can go on with another number of
+processes. Outside torchrun there is one, and what is said about others does nothing.
 """
 import contextlib
 import datetime
 import multiprocessing
-import multiprocessing.connection
 import os
 import sys
 import threading
 import time
+from multiprocessing.connection import wait as wait_for
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict,
-    set_optimizer_state_dict)
+    StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict)
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from common import locked, run
@@ -104,19 +103,24 @@ class Pair(nn.Module):
         super().__init__()
         self.lm, self.teacher = lm, teacher
 
+    @property
+    def blocks(self):
+        """The layers of both."""
+        return [*self.lm.layers, *(self.teacher.layers if self.teacher else ())]
+
     def forward(self, loss, batch):
         return loss(self.lm, self.teacher, batch)
 
 
 def shard(pair, device):
-    """The Pair, spread over the processes, if there are several."""
-    if world() > 1:
-        mesh = dist.device_mesh.init_device_mesh(device.type, (world(),))
-        for block in (*pair.lm.layers, *(pair.teacher.layers if pair.teacher else ())):
-            fully_shard(block, mesh=mesh)
-            register_fsdp_forward_method(block, "mixing_matrix")  # gathers around this call too
-        fully_shard(pair, mesh=mesh)
-    return pair
+    """The Pair on its device, spread over the processes if there are several."""
+    if world() == 1:
+        return pair.to(device)
+    mesh = dist.device_mesh.init_device_mesh(device.type, (world(),))
+    for block in pair.blocks:
+        fully_shard(block, mesh=mesh)
+        register_fsdp_forward_method(block, "mixing_matrix")  # gathers around this call too
+    return fully_shard(pair, mesh=mesh)
 
 
 def without_gradient(pair, loss, batch):
@@ -129,59 +133,59 @@ def without_gradient(pair, loss, batch):
     return found
 
 
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
 def whole_weights(lm):
     """The state dict of a model with whole tensors on the CPU, in the first process."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_model_state_dict(lm, options=options)
+    return get_model_state_dict(lm, options=WHOLE)
 
 
 def whole_state(lm, optimizer):
     """Weights and moments, with whole tensors on the CPU, in the first process."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return dict(model=whole_weights(lm),
-                optimizer=get_optimizer_state_dict(lm, optimizer, options=options))
+    return dict(zip(("model", "optimizer"), get_state_dict(lm, optimizer, options=WHOLE)))
 
 
 def load_whole_state(lm, optimizer, state):
-    """Give every process its part of what whole_state has saved; only the first needs the state.
+    """Give every process its part of what whole_state has saved.
 
     Not strict about moments: weights that a stage's loss does not reach have none, such as out_proj
     in orientation.
     """
-    options = dict(full_state_dict=True, broadcast_from_rank0=world() > 1)
-    set_model_state_dict(lm, state["model"], options=StateDictOptions(**options))
-    set_optimizer_state_dict(lm, optimizer, state["optimizer"],
-                             options=StateDictOptions(**options, strict=False))
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world() > 1, strict=False)
+    set_state_dict(lm, optimizer, model_state_dict=state["model"],
+                   optim_state_dict=state["optimizer"], options=options)
 
 
 # ---------------------------------------------------------------------------- side by side
-def begin(job, name, threads):
-    """What a process of side_by_side does: end with its parent, take its share, do its job."""
-    parent = multiprocessing.parent_process()
-
+def begin(job, threads):
+    """What a process of run_all does: end with its parent, take its share, do its job."""
     def end_with_parent():
-        multiprocessing.connection.wait([parent.sentinel])  # there when the parent is gone
+        wait_for([multiprocessing.parent_process().sentinel])
         os._exit(1)
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    run(lambda: job(name), child=True)
+    run(job, child=True)
 
 
-def side_by_side(job, names):
-    """Call job(name) for all names at once, in a process each with its share of the threads.
+def run_all(jobs, device):
+    """Call all jobs: on a CPU at once, in a process each with its share of the threads.
 
     Whatever ends the caller ends all of them; one that fails ends the others, and the caller.
     """
+    if device.type != "cpu" or world() > 1 or len(jobs) == 1:
+        for job in jobs:
+            job()
+        return
     context = multiprocessing.get_context("spawn")
-    threads = max(1, torch.get_num_threads() // len(names))
-    children = [context.Process(target=begin, args=(job, name, threads)) for name in names]
+    threads = max(1, torch.get_num_threads() // len(jobs))
+    children = [context.Process(target=begin, args=(job, threads)) for job in jobs]
     try:
         for child in children:
             child.start()
         # Every code is asked for once a round: a sentinel is there a moment before its code is.
         while None in (codes := [child.exitcode for child in children]) and not any(codes):
-            multiprocessing.connection.wait(
-                [child.sentinel for child, code in zip(children, codes) if code is None])
+            wait_for([child.sentinel for child, code in zip(children, codes) if code is None])
         if any(codes):
             raise SystemExit(next(filter(None, codes)))
     finally:

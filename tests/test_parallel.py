@@ -50,7 +50,7 @@ save = distill.Progress.save
 
 def save_and_stop(progress, *state):
     save(progress, *state)
-    if progress.folder.endswith("changing") and progress.stage == 3:
+    if progress.folder.name == "changing" and progress.stage == 3:
         raise ValueError("stopped on purpose")
 
 distill.Progress.save = save_and_stop
