@@ -46,8 +46,8 @@ def kl_loss(student_logits, teacher_logits, labels, direction="forward"):
     """Mean over answer tokens of a KL divergence of next-token distributions, in float32.
 
     "forward" is KL(teacher || student) = sum_v p_T (log p_T - log p_S): the student pays for what
-    it does not cover (MambaInLlama). "reverse" is KL(student || teacher): it pays for what the
-    teacher would not say (M1). The teacher gets no gradient. logits (B, L, V), labels (B, L).
+    it does not cover (MambaInLlama). "reverse" is KL(student || teacher): for what the teacher
+    would not say (M1). The teacher gets no gradient. logits (B, L, V), labels (B, L) -> scalar.
     """
     counted = labels != IGNORE
     student = F.log_softmax(student_logits[counted].float(), dim=-1)  # (tokens, V)
@@ -59,8 +59,8 @@ def kl_loss(student_logits, teacher_logits, labels, direction="forward"):
 
 def replaced(student, teacher):
     """The layers, as indices, whose mixer is of another class than the teacher's."""
-    return [i for i, (block, source) in enumerate(zip(student.layers, teacher.layers))
-            if type(block.mixer) is not type(source.mixer)]
+    return [i for i, block in enumerate(student.layers)
+            if type(block.mixer) is not type(teacher.layers[i].mixer)]
 
 
 @torch.no_grad()
@@ -122,7 +122,7 @@ class Batch(NamedTuple):
 
     def piece(self, index, count, of):
         """Piece `index` of `count`, rows dealt out like cards, and its share of the rows, tokens or
-        answers. With more pieces than rows some are the first row with a share of 0."""
+        answers. Pieces beyond the last row are the first one, with a share of 0."""
         beyond = index >= len(self.valid)
         piece = Batch(*(t[:1] if beyond else t[index::count] for t in self))
         share = 0.0 if beyond else piece.size(of) / self.size(of)
@@ -133,18 +133,17 @@ def collate(pairs):
     """The Batch of some (prompt ids, answer ids)."""
     def padded(rows, value):
         return pad_sequence([torch.tensor(row) for row in rows], True, value)
-    return Batch(padded([prompt + answer for prompt, answer in pairs], 0),
-                 padded([[IGNORE] * (len(prompt) - 1) + answer + [IGNORE]
-                         for prompt, answer in pairs], IGNORE),
-                 padded([[True] * len(prompt + answer) for prompt, answer in pairs], False))
+    tokens = [prompt + answer for prompt, answer in pairs]
+    labels = [[IGNORE] * (len(prompt) - 1) + answer + [IGNORE] for prompt, answer in pairs]
+    valid = [[True] * len(row) for row in tokens]
+    return Batch(padded(tokens, 0), padded(labels, IGNORE), padded(valid, False))
 
 
 def batches(pairs, tokens_per_batch, max_length, seed, share=lambda step: 1.0):
     """Endless Batches of (prompt, answer) pairs, always the same ones for a seed.
 
-    Sequences of like length go together, so that little is padded: at most tokens_per_batch with
-    the padding (a longer sequence comes alone). share(step): take only sequences up to this share
-    of the longest, see curriculum.
+    Sequences of like length go together: at most tokens_per_batch with padding, or one alone.
+    share(step): take only sequences up to this share of the longest, see curriculum.
     """
     def length(pair):
         return len(pair[0]) + len(pair[1])
@@ -195,7 +194,7 @@ def learning_rate(step, steps, peak):
 
 
 def make_optimizer(lm, lr):
-    """AdamW. Only matrices decay: gains and memory lengths would be pulled to an arbitrary zero."""
+    """AdamW. Only matrices decay: gains and memory lengths would be pulled to an arbitrary 0."""
     decayed, kept = [], []
     for name, parameter in lm.named_parameters():
         if parameter.requires_grad:
@@ -235,10 +234,8 @@ def train(progress, pair, stages, hardware):
 
 
 def gradient(pair, stage, batch, hardware):
-    """The loss of a batch, detached; its gradient is added to the parameters.
-
-    The pieces of all processes, weighted by their shares, add up to the whole batch.
-    """
+    """The loss of a batch, after adding its gradient to the parameters. The pieces of all
+    processes, weighted by their shares, add up to the whole batch."""
     world, loss = parallel.world(), torch.zeros((), device=hardware.device)
     count = world * min(hardware.accumulate, math.ceil(len(batch.valid) / world))
     for index in range(parallel.rank(), count, world):
@@ -254,10 +251,11 @@ def gradient(pair, stage, batch, hardware):
 # ---------------------------------------------------------------------------- students
 # The students of the built-in experiment: recipe, mixer, layers that keep attention.
 STUDENTS = dict(pure=("mohawk", "mamba2", ()), hybrid=("mambainllama", "mamba2", (1,)))
-# A recipe's stages and their steps at --scale 1. MambaInLlama is weight transfer and KL alone.
+# Each recipe's stages and their steps. MambaInLlama is weight transfer and KL alone.
 STEPS = dict(mohawk=dict(matrices=60, hidden=200, kl=4400, sft=0),
              mambainllama=dict(kl=4500, sft=0))
 MATRIX_LENGTH = 128  # tokens of a sequence in orientation, whose memory grows with its square
+START = dict(arithmetic=0.15)  # a task's curriculum; others have none
 
 
 def sft(student, teacher, batch):
@@ -291,11 +289,11 @@ class Progress:
     until the model is finished, weights, moments and the position in training.pt."""
 
     def __init__(self, folder, settings):
-        """Goes on from the checkpoint, if there is one. ValueError if it is of another run."""
+        """As the checkpoint says, if there is one. ValueError if it is of another run."""
         self.folder, self.saved = Path(folder), None
         self.stage, self.step, self.tokens = 0, 0, 0  # step of the stage, tokens of all stages
         self.losses, self.logged = [], 0  # since the last log line; bytes of metrics.jsonl
-        self.example, self.pictures = None, {}  # ids (1, L); what goes to matrices.npz
+        self.pictures = {}  # what goes to matrices.npz, of the tokens in self.example, (1, L)
         names = os.listdir(folder)
         if names and "training.json" not in names:
             raise ValueError(f"{folder} holds what this command did not make: choose another --out")
@@ -320,6 +318,13 @@ class Progress:
             raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}): "
                              f"delete it to start over") from None
         print(f"{self.folder}: going on at stage {self.stage + 1}, step {self.step}", flush=True)
+
+    def save(self, lm, optimizer):
+        names = "stage", "step", "tokens", "losses", "logged", "pictures"
+        state = parallel.whole_state(lm, optimizer)
+        state["position"] = {name: getattr(self, name) for name in names}
+        if not parallel.rank():
+            replace_file(self.folder / "training.pt", partial(torch.save, state))
 
     def enter(self, stage, lm, optimizer):
         """Begin a stage; the first time with what the checkpoint holds."""
@@ -346,21 +351,14 @@ class Progress:
                 f.write(json_line(record))
                 self.logged = f.tell()
 
-    def save(self, lm, optimizer):
-        names = "stage", "step", "tokens", "losses", "logged", "pictures"
-        state = parallel.whole_state(lm, optimizer)
-        state["position"] = {name: getattr(self, name) for name in names}
-        if not parallel.rank():
-            replace_file(self.folder / "training.pt", partial(torch.save, state))
-
     def picture(self, moment, pair):
         """Keep how the example's tokens are mixed now, by attention and by what replaces it."""
-        if self.example is not None:
+        if pair.teacher:
             found = parallel.without_gradient(pair, mixing_matrices, self.example)
             self.pictures |= dict(zip(("layer", "teacher", moment), found))
 
     def finish(self, lm, tokenizer):
-        weights = parallel.whole_weights(lm)
+        weights = parallel.whole_state(lm)["model"]
         if not parallel.rank():
             if self.pictures:
                 tokens = [tokenizer.decode([i]) for i in self.example[0].tolist()]
@@ -407,7 +405,7 @@ def ready(lm, teacher, hardware):
     return parallel.shard(pair, hardware.device)
 
 
-def train_in(folder, settings, pairs, start, stages, lm, teacher, hardware):
+def train_in(folder, settings, pairs, stages, lm, teacher, hardware, start=1.0):
     """Train a model, a student of a teacher or (None) a teacher itself, and save it in `folder`.
 
     settings: all that decides what is learnt. start: see curriculum.
@@ -417,11 +415,10 @@ def train_in(folder, settings, pairs, start, stages, lm, teacher, hardware):
         if progress.is_finished:
             print(f"{folder}: finished", flush=True)
             return
-        print(f"{progress.folder.name}: {lm.num_parameters():,} parameters; steps: "
-              + ", ".join(f"{stage.name} {stage.steps}" for stage in stages), flush=True)
-        if teacher:  # the first 96 tokens of the first solution that has them
-            ids = next((p + a for p, a in pairs if len(p + a) >= 96), sum(pairs[0], []))[:96]
-            progress.example = torch.tensor([ids], device=hardware.device)
+        print(f"{folder}: {lm.num_parameters():,} parameters, steps: {settings['steps']}", flush=True)
+        # to draw: the first 96 tokens of the first solution that has them
+        ids = next((p + a for p, a in pairs if len(p + a) >= 96), sum(pairs[0], []))[:96]
+        progress.example = torch.tensor([ids], device=hardware.device)
         for index, stage in enumerate(stages):
             stage.batches = batches(pairs, settings["batch_tokens"], lm.config.max_length,
                                     f"{settings['seed']} {index}", curriculum(stage.steps, start))
@@ -433,13 +430,14 @@ def train_in(folder, settings, pairs, start, stages, lm, teacher, hardware):
         progress.finish(lm, pairs.tokenizer)
 
 
-def distill(folder, settings, pairs, start, source, hardware):
+def distill(folder, settings, pairs, source, hardware):
     """Make a student of the teacher in `source`: transfer the weights, then run the stages."""
     teacher = LM.from_pretrained(source, dtype=torch.float32).eval().requires_grad_(False)
     torch.manual_seed(settings["seed"])
     lm = student_from(teacher, settings["mixers"], settings["d_state"], settings["transfer"])
     stages = student_stages(settings["steps"], settings["lr"], settings["kl"])
-    train_in(folder, settings, pairs, start, stages, lm, teacher, hardware)
+    start = START.get(settings["task"], 1.0)
+    train_in(folder, settings, pairs, stages, lm, teacher, hardware, start)
 
 
 # ---------------------------------------------------------------------------- options
@@ -486,11 +484,6 @@ def data_of(args, tokenizer):
                     limit=args.limit, subset_seed=args.subset_seed, seed=args.seed)
     problems = choose_subset(problems, args.limit, args.subset_seed)
     return Pairs(problems, tokenizer, template), settings
-
-
-def start_length(task):
-    """The share of the longest sequence with which a stage begins, see curriculum."""
-    return 0.15 if task == "arithmetic" else 1.0
 
 
 SUFFIX = dict(base="", small="-small")  # of names, by --size
@@ -588,10 +581,10 @@ def main(argv=None):
         if unknown := dict(args.steps).keys() - stages:
             raise ValueError(f"--steps {min(unknown)}=...: choose of {', '.join(sorted(stages))}")
         pairs, data = data_of(args, load_tokenizer(source))
-        data["teacher"], start = hub.fingerprint(source), start_length(args.task)
-        parallel.run_all([
-            partial(distill, os.path.join(args.out, name + SUFFIX[args.size]), student | data, pairs,
-                    start, source, hardware) for name, student in students.items()], hardware.device)
+        data["teacher"] = hub.fingerprint(source)
+        jobs = [partial(distill, os.path.join(args.out, name + SUFFIX[args.size]), student | data,
+                        pairs, source, hardware) for name, student in students.items()]
+        parallel.run_all(jobs, hardware.device)
 
 
 if __name__ == "__main__":

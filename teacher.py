@@ -14,8 +14,7 @@ import hub
 import parallel
 from common import Parser, number, run
 from data import load_tokenizer
-from distill import (SUFFIX, Stage, add_shared_options, data_of, hardware_of, sft, start_length,
-                     train_in)
+from distill import START, SUFFIX, Stage, add_shared_options, data_of, hardware_of, sft, train_in
 from model import LM, Config
 
 SIZES = dict(base=dict(n_layers=4), small=dict(n_layers=2))  # else as Config's defaults
@@ -55,12 +54,12 @@ def main(argv=None):
             stage, start, origin = "sft", 1.0, dict(teacher=hub.fingerprint(source))
             lm = LM.from_pretrained(source, dtype=torch.float32)
         else:
-            stage, start, origin = "pretrain", start_length(args.task), dict(size=args.size)
+            stage, start, origin = "pretrain", START.get(args.task, 1.0), dict(size=args.size)
             lm = LM(Config(vocab_size=tokenizer.vocab_size, eos_ids=tokenizer.eos_ids,
                            **SIZES[args.size]))
         pairs, data = data_of(args, tokenizer)
-        train_in(folder, data | origin | budget, pairs, start,
-                 [Stage(stage, budget["steps"], budget["lr"], sft)], lm, None, hardware)
+        train_in(folder, data | origin | budget, pairs,
+                 [Stage(stage, budget["steps"], budget["lr"], sft)], lm, None, hardware, start)
 
 
 if __name__ == "__main__":
