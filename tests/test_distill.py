@@ -1,8 +1,6 @@
 """What distill.py promises: the losses are the papers' formulas over answer tokens and nothing
 else, each stage trains what it should, pieces change nothing, and a run that is killed anywhere
 ends byte for byte where an uninterrupted one ends."""
-import collections
-import copy
 import dataclasses
 import itertools
 import json
@@ -19,8 +17,6 @@ from safetensors.torch import load_file
 
 import data
 import distill
-import hub
-import parallel
 from conftest import assert_close
 from data import load_tokenizer
 from distill import (IGNORE, Batch, batches, collate, curriculum, hidden_loss, kl_loss,
@@ -35,31 +31,28 @@ def literal_loss(kind, student, teacher, labels):
     for s, t, label in zip(student.flatten(0, 1), teacher.flatten(0, 1), labels.flatten().tolist()):
         if label != IGNORE:
             s, t = s.double().log_softmax(0), t.double().log_softmax(0)
-            of = dict(forward=(t.exp() * (t - s)).sum(), reverse=(s.exp() * (s - t)).sum())
-            found.append((of | dict(sft=-s[label]))[kind])
+            found.append(dict(forward=(t.exp() * (t - s)).sum(), reverse=(s.exp() * (s - t)).sum(),
+                              sft=-s[label])[kind])
     return torch.stack(found).mean()
-
-
-def our_loss(kind, student, teacher, labels):
-    if kind == "sft":
-        return distill.sft(lambda tokens: student, None, Batch(None, labels, None))
-    return kl_loss(student, teacher, labels, kind)
 
 
 @pytest.mark.parametrize("kind", ["forward", "reverse", "sft"])
 def test_losses_are_means_over_answer_tokens(kind):
     """Red for swapped directions, a mean over all positions or rows, a sum that grows with the
-    length (F.kl_div's "batchmean"), or padding that counts."""
+    length (F.kl_div's "batchmean"), or padding that counts. In float32, whatever the logits are."""
+    def ours(student, teacher, labels):
+        if kind == "sft":
+            return distill.sft(lambda tokens: student, None, Batch(None, labels, None))
+        return kl_loss(student, teacher, labels, kind)
     torch.manual_seed(0)
     student, teacher, labels = *(2 * torch.randn(2, 3, 6, 7)), torch.randint(7, (3, 6))
     labels[0, :4], labels[1, 5:] = IGNORE, IGNORE
     expected = literal_loss(kind, student, teacher, labels)
-    assert_close(our_loss(kind, student, teacher, labels), expected)
-    half = student.bfloat16(), teacher.bfloat16()  # as under autocast: the loss is in float32
-    assert_close(our_loss(kind, *half, labels), literal_loss(kind, *half, labels), torch.float32)
-    padding = [(student, 9 * torch.randn(3, 4, 7)), (teacher, torch.randn(3, 4, 7)),
-               (labels, torch.full((3, 4), IGNORE))]
-    assert_close(our_loss(kind, *(torch.cat(pair, 1) for pair in padding)), expected)
+    assert_close(ours(student, teacher, labels), expected)
+    half = student.bfloat16(), teacher.bfloat16()
+    assert_close(ours(*half, labels), literal_loss(kind, *half, labels), torch.float32)
+    longer = (torch.cat([t, torch.full_like(t, IGNORE)], 1) for t in (student, teacher, labels))
+    assert_close(ours(*longer), expected)
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
@@ -68,8 +61,7 @@ def test_kl_is_zero_for_equal_distributions_only_and_the_teacher_gets_no_gradien
     torch.manual_seed(0)
     student, teacher = 2 * torch.randn(2, 2, 3, 5)
     labels = torch.tensor([[1, IGNORE, 2], [0, 0, IGNORE]])
-    shifted = student + torch.arange(6.0).view(2, 3, 1)
-    assert abs(kl_loss(student, shifted, labels, direction)) < 1e-6
+    assert abs(kl_loss(student, student + torch.arange(3.0)[:, None], labels, direction)) < 1e-6
     student.requires_grad_(), teacher.requires_grad_()
     loss = kl_loss(student, teacher, labels, direction)
     loss.backward()
@@ -85,21 +77,6 @@ def padded(extra=0):
     """tokens and valid of ROWS, padded on the right with a token that is no 0."""
     tokens, _, valid = collate([(row, []) for row in ROWS])
     return F.pad(tokens, (0, extra), value=7), F.pad(valid, (0, extra))
-
-
-@pytest.fixture
-def teacher(make_lm):
-    return make_lm()
-
-
-@pytest.fixture
-def student(teacher):
-    """Two of three layers replaced, and moved away from their start."""
-    student = student_from(teacher, ["mamba2", "attention", "mamba2"]).requires_grad_(False)
-    torch.manual_seed(3)
-    for parameter in student.parameters():
-        parameter.add_(0.05 * torch.randn_like(parameter))
-    return student
 
 
 def literal_layer_loss(loss, student, teacher):
@@ -121,12 +98,16 @@ def literal_layer_loss(loss, student, teacher):
 
 
 @pytest.mark.parametrize("loss", [hidden_loss, matrix_loss])
-def test_layer_losses_are_their_definition_and_train_the_replaced_layers(teacher, student, loss):
+def test_layer_losses_are_their_definition_and_train_the_replaced_layers(make_lm, loss):
     """Mean over tokens of a norm, or over rows and heads of a Frobenius norm. Red if the layer that
     was kept counts, if padding does, or if a layer starts from the student's own state. Orientation
     is in float32 under autocast too."""
-    expected = literal_layer_loss(loss, student, teacher)
-    teacher.requires_grad_(True), student.requires_grad_(True)
+    teacher = make_lm().requires_grad_(True)
+    student = student_from(teacher, ["mamba2", "attention", "mamba2"])
+    with torch.no_grad():
+        for parameter in student.parameters():  # away from the teacher
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        expected = literal_layer_loss(loss, student, teacher)
     found = loss(student, teacher, *padded())
     found.backward()
     assert_close(found.detach(), expected)
@@ -141,8 +122,7 @@ def test_layer_losses_are_their_definition_and_train_the_replaced_layers(teacher
 
 # ---------------------------------------------------------------------------- batches
 def test_the_first_answer_token_and_the_stop_token_are_learnt_and_the_prompt_is_not():
-    """Position t predicts token t + 1: the last of the prompt learns the answer's first token.
-    M1's code masks by the token at t instead, and never distils that one."""
+    """Position t predicts token t + 1. M1's code masks by the token at t, and loses the first."""
     tokens, labels, valid = collate([([1, 2, 3], [11, 12, 99]), ([4], [13, 99])])
     n = IGNORE
     assert tokens[0].tolist() == [1, 2, 3, 11, 12, 99] and tokens[1, :3].tolist() == [4, 13, 99]
@@ -159,11 +139,10 @@ def rows_of(found):
 
 def epoch(seed, pairs=PAIRS, budget=300):
     """The batches of one epoch."""
-    rows, found = 0, []
+    found = []
     for batch in batches(pairs, budget, 10_000, seed):
         found.append(batch)
-        rows += len(batch.tokens)
-        if rows >= len(pairs):
+        if sum(len(batch.tokens) for batch in found) >= len(pairs):
             return found
 
 
@@ -171,8 +150,7 @@ def test_every_solution_comes_once_per_epoch_within_the_budget_in_an_order_of_th
     """600 of mixed lengths: none lost at the end of a pool, none twice, little padding. The order
     is not that of the lengths, by which batches are made."""
     found = epoch("0")
-    expected = collections.Counter((*prompt, *answer) for prompt, answer in PAIRS)
-    assert collections.Counter(rows_of(found)) == expected
+    assert sorted(rows_of(found)) == sorted((*prompt, *answer) for prompt, answer in PAIRS)
     assert max(batch.tokens.numel() for batch in found) <= 300
     padding = sum((~batch.valid).sum() for batch in found) / sum(b.valid.numel() for b in found)
     assert padding < 0.2
@@ -193,8 +171,7 @@ def test_too_long_is_alone_or_left_out_or_an_error():
 
 def test_the_curriculum_grows_to_all_lengths_in_half_of_a_stage():
     """A pool of sequences keeps those up to the share of the longest at its first step."""
-    share = curriculum(20, 0.2)
-    assert [share(step) for step in (0, 5, 10, 19)] == pytest.approx([0.2, 0.6, 1, 1])
+    assert [*map(curriculum(20, 0.2), (0, 5, 10, 19))] == pytest.approx([0.2, 0.6, 1, 1])
     assert curriculum(20, 1.0)(0) == 1
     longest = max(len(prompt + answer) for prompt, answer in PAIRS)
     found = list(itertools.islice(batches(PAIRS, 300, 999, "0", curriculum(200, 0.2)), 200))
@@ -232,8 +209,8 @@ def test_only_matrices_decay(make_lm):
     """Every parameter is trained exactly once, or not at all where it is frozen."""
     lm = make_lm(["mamba", "mamba2", "attention"]).requires_grad_(True)
     names = {parameter: name for name, parameter in lm.named_parameters()}
-    groups = make_optimizer(lm, 1e-3).param_groups
-    pairs = [(names[p], group["weight_decay"]) for group in groups for p in group["params"]]
+    pairs = [(names[p], group["weight_decay"]) for group in make_optimizer(lm, 1e-3).param_groups
+             for p in group["params"]]
     assert sorted(name for name, _ in pairs) == sorted(names.values())
     for name, decay in pairs:
         kept = any(word in name for word in ("norm", "bias", "A_log")) or name.endswith(".D")
@@ -276,19 +253,6 @@ def test_pieces_and_checkpoints_change_no_gradient(make_lm, name, change):
         assert_close(found[key] / scale + 1, expected[key] / scale + 1)
 
 
-def test_checkpointed_activations_are_not_kept(make_lm):
-    """Bytes that autograd saves in the blocks, with and without."""
-    kept = []
-    for checkpointed in (False, True):
-        lm, saved = make_lm(["mamba2"] * 3).requires_grad_(True), []
-        distill.ready(lm, None, dataclasses.replace(HERE, checkpoint_activations=checkpointed))
-        with torch.autograd.graph.saved_tensors_hooks(
-                lambda t: (saved.append(t.nbytes if t.shape[0] == 3 else 0), t)[1], lambda t: t):
-            list(lm.hidden_states(padded(40)[0]))
-        kept.append(sum(saved))
-    assert kept[1] < 0.2 * kept[0]
-
-
 # ---------------------------------------------------------------------------- the tiny experiment
 def metrics(folder, *without):
     lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
@@ -308,22 +272,20 @@ def same(one, two):
     ("teacher", ["attention"] * 2, dict(sft=0.5)),
     ("pure", ["mamba2"] * 2, dict(matrices=1, hidden=0.9, kl=0.8)),
     ("hybrid", ["mamba2", "attention"], dict(kl=0.8))])
-def test_training_leaves_a_whole_checkpoint_and_metrics_of_a_falling_loss(tiny_out, name, mixers,
-                                                                         shares):
-    found = {"config.json", "model.safetensors", "metrics.jsonl", "training.json",
-             data.TOKENIZER_FILE} | ({"matrices.npz"} if name != "teacher" else set())
-    assert set(os.listdir(tiny_out / name)) == found
-    lm, tokenizer = LM.from_pretrained(tiny_out / name), load_tokenizer(str(tiny_out / name))
-    assert (lm.config.mixers, lm.config.eos_ids) == (mixers, tokenizer.eos_ids)
-    records = metrics(tiny_out / name)
-    assert all({"stage", "step", "steps", "tokens", "loss", "lr", "grad_norm", "seconds",
-                "tokens_per_second"} == record.keys() for record in records)
+def test_training_leaves_a_checkpoint_and_metrics_of_a_falling_loss(tiny_out, name, mixers, shares):
+    folder, records = tiny_out / name, metrics(tiny_out / name)
+    assert set(os.listdir(folder)) - {"matrices.npz"} == {
+        "config.json", "model.safetensors", "metrics.jsonl", "training.json", data.TOKENIZER_FILE}
+    config = LM.from_pretrained(folder).config
+    assert (config.mixers, config.eos_ids) == (mixers, load_tokenizer(str(folder)).eos_ids)
     tokens = [record["tokens"] for record in records]
     assert tokens == sorted(set(tokens))
     assert list(dict.fromkeys(record["stage"] for record in records)) == list(shares)
     for stage, share in shares.items():
-        losses = [record["loss"] for record in records if record["stage"] == stage]
-        assert losses[-1] <= share * losses[0]
+        course = [record for record in records if record["stage"] == stage]
+        assert course[-1]["loss"] <= share * course[0]["loss"]
+        assert course[0].keys() == {"stage", "step", "steps", "tokens", "loss", "lr", "grad_norm",
+                                    "seconds", "tokens_per_second"}
 
 
 @pytest.fixture
@@ -341,22 +303,21 @@ def command(tiny_out, tiny_options, tmp_path):
 def test_frozen_stages_leave_the_rest_to_the_teacher_and_every_mixer_learns(command, tiny_out):
     """Orientation and alignment alone: all but the mixers is the teacher's, bit for bit."""
     mine = weights(command(steps=["matrices=2", "hidden=2", "kl=0"]))
-    theirs = weights(tiny_out / "teacher")
-    assert same({name: mine[name] for name in mine if ".mamba2." not in name}, theirs)
-    start = student_from(LM.from_pretrained(str(tiny_out / "teacher")), ["mamba2"] * 2).state_dict()
-    for name in (f"model.layers.{layer}.mamba2.in_proj.weight" for layer in (0, 1)):
-        assert not torch.equal(mine[name], start[name])
+    start = student_from(LM.from_pretrained(tiny_out / "teacher"), ["mamba2"] * 2).state_dict()
+    for name, tensor in start.items():
+        if ".mamba2." not in name or "in_proj" in name:
+            assert torch.equal(mine[name], tensor) == (".mamba2." not in name), name
 
 
 def test_training_follows_the_schedule(command, tiny_out):
     """The rate as logged from the optimizer, of kl and of sft, a tenth; the teacher is untouched;
     the same command gives the same weights, another seed other ones."""
-    before = {f.name: f.read_bytes() for f in (tiny_out / "teacher").iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in (tiny_out / "teacher").iterdir()}
     folder = command("--lr", "1e-3", steps=["matrices=0", "hidden=0", "kl=8", "sft=4"])
     expected = [learning_rate(step, 8, 1e-3) for step in range(8)]
     expected += [learning_rate(step, 4, 1e-4) for step in range(4)]
     assert [record["lr"] for record in metrics(folder)] == pytest.approx(expected)
-    assert {f.name: f.read_bytes() for f in (tiny_out / "teacher").iterdir()} == before
+    assert {path: path.stat().st_mtime_ns for path in (tiny_out / "teacher").iterdir()} == before
     first, again, other = (weights(command("--seed", seed, name=name)) for name, seed in
                            (("first", "1"), ("again", "1"), ("other", "2")))
     assert same(first, again) and not same(first, other)
@@ -398,14 +359,7 @@ def test_a_mistake_is_named_and_leaves_nothing_that_blocks_the_right_command(
     assert LM.from_pretrained(str(command())).config.mixers == ["mamba2", "mamba2"]
 
 
-def test_steps_of_a_stage_that_one_of_the_students_has_are_no_mistake(command, tmp_path):
-    command("hybrid", name="pure", steps=["matrices=1", "hidden=1", "kl=1"])
-    stages = [[record["stage"] for record in metrics(tmp_path / "out" / name)]
-              for name in ("pure", "hybrid")]
-    assert stages == [["matrices", "hidden", "kl"], ["kl"]]
-
-
-# ---------------------------------------------------------------------------- data
+# ---------------------------------------------------------------------------- data, matrices.npz
 def test_samples_are_a_task_and_only_right_keeps_the_right_ones(tmp_path):
     """Unfinished and unboxed texts are no solutions; --only-right leaves out wrong ones. Their text
     is learnt as it is. Nothing left is an error that says what is needed."""
@@ -413,35 +367,32 @@ def test_samples_are_a_task_and_only_right_keeps_the_right_ones(tmp_path):
              ("5", "stop")]
     path, tokenizer = tmp_path / "samples.jsonl", load_tokenizer("arithmetic")
 
-    def texts_of(texts, only_right):
-        rows = [dict(problem=0, sample=i, question="2 +3", gold="5", completion=text, finish=finish)
-                for i, (text, finish) in enumerate(texts)]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        args = distill.parse_args(["--task", str(path), *["--only-right"] * only_right])
+    def learnt(texts, *options):
+        path.write_text("".join(json.dumps(dict(
+            problem=0, sample=i, question="2 +3", gold="5", completion=text, finish=finish)) + "\n"
+            for i, (text, finish) in enumerate(texts)))
+        args = distill.parse_args(["--task", str(path), *options])
         return [tokenizer.decode(answer) for _, answer in distill.data_of(args, tokenizer)[0]]
-    assert texts_of(texts, False) == ["so \\boxed{5}<|end|>", "so \\boxed{6}<|end|>"]
-    assert texts_of(texts, True) == ["so \\boxed{5}<|end|>"]
+    assert learnt(texts) == ["so \\boxed{5}<|end|>", "so \\boxed{6}<|end|>"]
+    assert learnt(texts, "--only-right") == ["so \\boxed{5}<|end|>"]
     with pytest.raises(ValueError, match="no right worked solutions"):
-        texts_of(texts[1:], True)
+        learnt(texts[1:], "--only-right")
     with pytest.raises(ValueError, match="no worked solutions to train on"):
-        texts_of(texts[2:], False)
+        learnt(texts[2:])
 
 
-# ---------------------------------------------------------------------------- matrices.npz
 def test_the_picture_has_attention_and_what_replaces_it(command, tiny_out):
     """float16 and causal, of the middle replaced layer, both given the teacher's state: recomputed
     for the end, from the tokens that are named."""
-    folder, stages = command(steps=["matrices=1", "hidden=1", "kl=2", "sft=1"]), (
-        "transfer", "orientation", "end")
-    found = dict(np.load(folder / "matrices.npz"))
+    folder = command(steps=["matrices=1", "hidden=1", "kl=2", "sft=1"])
+    found, stages = dict(np.load(folder / "matrices.npz")), ("transfer", "orientation", "end")
     assert found.keys() == {"tokens", "layer", "teacher", *stages} and found["layer"] == 1
     student, teacher = (LM.from_pretrained(str(path)) for path in (folder, tiny_out / "teacher"))
     tokenizer, length = load_tokenizer("arithmetic"), len(found["tokens"])
     tokens = [i for text in found["tokens"].tolist() for i in (
         [tokenizer.special[text]] if text in tokenizer.special else tokenizer.encode(text))]
     with torch.no_grad():
-        states = list(teacher.hidden_states(torch.tensor([tokens])))
-        rope = teacher.rope(torch.arange(length)[None])
+        states, rope = distill.teacher_states(teacher, torch.tensor([tokens]))
         for key, lm in ("teacher", teacher), ("end", student):
             matrix = lm.layers[1].mixing_matrix(states[1], rope)[0, :3]
             assert_close(torch.tensor(found[key]), matrix, torch.float16)
@@ -454,13 +405,11 @@ def test_the_picture_has_attention_and_what_replaces_it(command, tiny_out):
 def test_the_picture_is_small_and_of_mixers_that_have_matrices_only(command, make_lm, tmp_path):
     """Of random weights, whose matrices compress least: three heads of eight, 96 tokens."""
     assert not (command("--mixer", "mamba") / "matrices.npz").exists()
-    teacher = make_lm(n_heads=8, d_model=64, vocab_size=1000)
-    teacher.save_pretrained(tmp_path / "large")
+    make_lm(n_heads=8, d_model=64, vocab_size=1000).save_pretrained(tmp_path / "large")
     load_tokenizer("arithmetic").save(tmp_path / "large")
-    folder = command("--teacher", str(tmp_path / "large"), "--task", "arithmetic", "--limit", "9",
-                     steps=["matrices=1", "hidden=0", "kl=1"], name="large-student")
-    assert np.load(folder / "matrices.npz")["end"].shape == (3, 96, 96)
-    assert os.path.getsize(folder / "matrices.npz") <= 250_000
+    path = command("--teacher", str(tmp_path / "large"), "--task", "arithmetic", "--limit", "9",
+                   steps=["matrices=1", "hidden=0", "kl=1"], name="other") / "matrices.npz"
+    assert np.load(path)["end"].shape == (3, 96, 96) and path.stat().st_size <= 250_000
 
 
 # ---------------------------------------------------------------------------- stop and resume
@@ -479,15 +428,15 @@ def killed(run, when, renames):
     every file comes to be; returns whether it got so far."""
     process = os.fork()
     if not process:
-        rename, seen = os.replace, []
+        rename, count = os.replace, itertools.count(1)
 
         def replace(source, target):
-            seen.append(target)
-            if len(seen) == renames and when == "before":
+            last = next(count) == renames
+            if last and when == "before":
                 os.truncate(source, os.path.getsize(source) // 2)
                 os.kill(os.getpid(), signal.SIGKILL)
             rename(source, target)
-            if len(seen) == renames:
+            if last:
                 os.kill(os.getpid(), signal.SIGKILL)
         os.replace = replace
         try:
@@ -509,8 +458,8 @@ def test_killed_anywhere_it_ends_where_an_uninterrupted_run_ends(command, tmp_pa
         if not killed(lambda: run(f"killed {renames}"), when, renames):
             break
         folder, _ = tmp_path / f"killed {renames}" / "student", capsys.readouterr()
-        begun, finished = ((folder / name).exists() for name in ("training.pt", "config.json"))
-        if (folder / "metrics.jsonl").exists() and (begun or not finished):
+        begun = (folder / "training.pt").exists()
+        if begun:
             with open(folder / "metrics.jsonl", "a") as f:
                 f.write('{"stage": "k')
         assert contents(run(f"killed {renames}")) == expected
@@ -519,26 +468,17 @@ def test_killed_anywhere_it_ends_where_an_uninterrupted_run_ends(command, tmp_pa
 
 
 def test_a_finished_run_is_not_done_again(command, capsys):
-    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in command().iterdir()}
-    capsys.readouterr()
-    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in command().iterdir()} == before
+    before = {path: path.stat().st_mtime_ns for path in command().iterdir()}
+    assert {path: path.stat().st_mtime_ns for path in command().iterdir()} == before
     assert "finished" in capsys.readouterr().out
-
-
-class Stopped(Exception):
-    pass
 
 
 @pytest.fixture
 def stopped(command, monkeypatch):
     """The folder of a run whose first checkpoint was the last thing it did."""
     save = distill.Progress.save
-
-    def save_and_stop(*arguments):
-        save(*arguments)
-        raise Stopped
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(distill.Progress, "save", save_and_stop)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(distill.Progress, "save", lambda *state: (save(*state), 1 / 0))
         command("--save-every", "1")
     return command.folder
 
@@ -565,18 +505,6 @@ def test_settings_of_another_run_are_refused_by_name(command, stopped, tmp_path,
     command(*options)
 
 
-def test_a_run_that_starts_over_leaves_nothing_of_the_one_before(command, tmp_path, monkeypatch):
-    """Stopped before its first checkpoint, then another recipe: nothing of the first is drawn."""
-    monkeypatch.setattr(distill, "sft", lambda *_: (_ for _ in ()).throw(Stopped))
-    with pytest.raises(Stopped):
-        command(steps=["matrices=1", "hidden=1", "kl=1", "sft=1"])
-    (tmp_path / "out" / "student" / "training.pt.1.tmp").write_bytes(b"half a checkpoint")
-    folder = command("--recipe", "mambainllama", steps=["kl=1"])
-    found = set(np.load(folder / "matrices.npz"))
-    assert found == {"tokens", "layer", "teacher", "transfer", "end"}
-    assert not list(folder.glob("*.tmp"))
-
-
 @pytest.mark.parametrize("damage", ["empty", "cut", "one bit"])
 def test_a_damaged_checkpoint_is_named(command, stopped, damage):
     content = bytearray((stopped / "training.pt").read_bytes())
@@ -588,13 +516,13 @@ def test_a_damaged_checkpoint_is_named(command, stopped, damage):
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
-def test_files_that_this_command_did_not_make_are_not_overwritten(command, tmp_path, name):
-    path = tmp_path / "out" / "student" / name
-    path.parent.mkdir(parents=True)
-    path.write_text("another's")
+def test_files_that_this_command_did_not_make_are_not_overwritten(command, name):
+    command.folder.mkdir(parents=True)
+    (command.folder / name).write_text("another's")
     with pytest.raises(ValueError, match="did not make.*--out"):
         command()
-    assert path.read_text() == "another's" and os.listdir(path.parent) == [name]
+    assert (command.folder / name).read_text() == "another's"
+    assert os.listdir(command.folder) == [name]
 
 
 def test_a_loss_that_is_no_number_ends_the_run(command, monkeypatch):
@@ -603,10 +531,9 @@ def test_a_loss_that_is_no_number_ends_the_run(command, monkeypatch):
         command()
 
 
-# ---------------------------------------------------------------------------- compilation
 def test_compiling_changes_nothing(command, monkeypatch):
     """With a backend that compiles nothing but goes the same way. Red if parameters get other names
-    or a block is left out: two of the teacher, two of the student."""
+    or a block is left out: two of the teacher, two of the student. Without a compiler: one line."""
     compile, asked, graphs = torch.compile, [], []
 
     def backend(graph, _):
@@ -618,18 +545,13 @@ def test_compiling_changes_nothing(command, monkeypatch):
     assert len(asked) == 4 and graphs and plain.keys() == compiled.keys()
     for name in plain:
         assert_close(compiled[name], plain[name])
-
-
-def test_compiling_without_a_compiler_is_one_clear_line(command, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match=r"--compile needs a C\+\+ compiler"):
         command("--compile")
 
 
-def test_a_task_that_cannot_be_read_is_told_once_before_anything_is_made(tmp_path, tiny_out):
-    """Of two students, which would be made in a process each."""
+def test_a_task_that_cannot_be_read_is_told_before_anything_is_made(command, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"question": "1", "answer": [2]}\n')
     with pytest.raises(ValueError, match="bad.jsonl, line 1: answer"):
-        distill.main(["--task", str(tmp_path / "bad.jsonl"), "--teacher", str(tiny_out / "teacher"),
-                      "--out", str(tmp_path / "out"), "--device", "cpu"])
-    assert not (tmp_path / "out").exists()
+        command("--task", str(tmp_path / "bad.jsonl"))
+    assert not command.folder.exists()
