@@ -6,8 +6,8 @@
     torchrun --nproc_per_node=8 distill.py ...  the same training on eight GPUs
 
 Reads   a teacher's checkpoint (the built-in task's ships with the repository), a task
-Writes  out/<name>/: config.json, model.safetensors, tokenizer; metrics.jsonl, the training curves;
-        training.json, the settings; matrices.npz, how attention became a Mamba
+Writes  out/<name>/: config.json, model.safetensors, tokenizer; training.json, the settings;
+        metrics.jsonl, the training curves; matrices.npz, how attention became a Mamba
 The same command goes on with a killed run from its last checkpoint.
 """
 import dataclasses
@@ -74,7 +74,7 @@ def matrix_loss(student, teacher, tokens, valid):
     """MOHAWK's first stage, orientation: how far T is from attention, as matrices over time.
 
     Sum over replaced layers of the mean over batch and heads of || T - attention ||_F, both given
-    the teacher's hidden state. Rows of padding are left out. In float32 also under autocast.
+    the teacher's hidden state, without rows of padding. In float32 also under autocast.
     tokens (B, L), valid (B, L) bool -> scalar.
     """
     loss = 0.0
@@ -92,11 +92,10 @@ def matrix_loss(student, teacher, tokens, valid):
 def hidden_loss(student, teacher, tokens, valid):
     """MOHAWK's second stage, alignment: how far each block's output is from its teacher's.
 
-    Sum over replaced layers of the mean over tokens of || block(h) - teacher's block(h) ||_2. h is
-    the teacher's hidden state, so layers learn in parallel and errors do not add up. -> scalar.
+    Sum over replaced layers of the mean over tokens of || block(h) - teacher's block(h) ||_2, with
+    h the teacher's hidden state: layers learn in parallel, errors do not add up. -> scalar.
     """
-    states, rope = teacher_states(teacher, tokens)
-    loss = 0.0
+    (states, rope), loss = teacher_states(teacher, tokens), 0.0
     for i in replaced(student, teacher):
         difference = student.layers[i](states[i], rope).float() - states[i + 1].float()
         loss = loss + (difference.norm(dim=-1) * valid).sum() / valid.sum()  # norm: (B, L)
@@ -107,8 +106,8 @@ def hidden_loss(student, teacher, tokens, valid):
 class Batch(NamedTuple):
     """Sequences, padded on the right, where a causal model's real tokens cannot see it.
 
-    labels[t] is what position t predicts, tokens[t + 1], if that is of the answer, else IGNORE. So
-    the answer's first token counts (M1 masks by the label at t, and loses it), and the stop token.
+    labels[t] is what position t predicts, tokens[t + 1], if that is of the answer, else IGNORE: its
+    first token counts (M1's code masks by the label at t, and loses it), and the stop token.
     """
     tokens: torch.Tensor  # (B, L)
     labels: torch.Tensor  # (B, L)
@@ -249,7 +248,7 @@ def gradient(pair, stage, batch, hardware):
 
 
 # ---------------------------------------------------------------------------- students
-# The students of the built-in experiment: recipe, mixer, layers that keep attention.
+# The built-in experiment's students: recipe, mixer, layers that keep attention.
 STUDENTS = dict(pure=("mohawk", "mamba2", ()), hybrid=("mambainllama", "mamba2", (1,)))
 # Each recipe's stages and their steps. MambaInLlama is weight transfer and KL alone.
 STEPS = dict(mohawk=dict(matrices=60, hidden=200, kl=4400, sft=0),
@@ -289,11 +288,11 @@ class Progress:
     until the model is finished, weights, moments and the position in training.pt."""
 
     def __init__(self, folder, settings):
-        """As the checkpoint says, if there is one. ValueError if it is of another run."""
+        """As a checkpoint there says. ValueError if the folder is of another run."""
         self.folder, self.saved = Path(folder), None
         self.stage, self.step, self.tokens = 0, 0, 0  # step of the stage, tokens of all stages
         self.losses, self.logged = [], 0  # since the last log line; bytes of metrics.jsonl
-        self.pictures = {}  # what goes to matrices.npz, of the tokens in self.example, (1, L)
+        self.pictures = {}  # for matrices.npz, of the tokens in self.example, (1, L)
         names = os.listdir(folder)
         if names and "training.json" not in names:
             raise ValueError(f"{folder} holds what this command did not make: choose another --out")
@@ -310,7 +309,7 @@ class Progress:
 
     def load(self, path):
         try:
-            if zipfile.ZipFile(path).testzip():  # the first part whose checksum differs
+            if zipfile.ZipFile(path).testzip():  # a checksum differs
                 raise zipfile.BadZipFile
             self.saved = torch.load(path, weights_only=True, map_location="cpu")
             vars(self).update(self.saved["position"])
@@ -327,7 +326,7 @@ class Progress:
             replace_file(self.folder / "training.pt", partial(torch.save, state))
 
     def enter(self, stage, lm, optimizer):
-        """Begin a stage; the first time with what the checkpoint holds."""
+        """Begin a stage, the first time with what the checkpoint holds."""
         self.stage, self.began = stage, (time.perf_counter(), self.tokens)
         if self.saved:
             parallel.load_whole_state(lm, optimizer, self.saved)
@@ -352,7 +351,7 @@ class Progress:
                 self.logged = f.tell()
 
     def picture(self, moment, pair):
-        """Keep how the example's tokens are mixed now, by attention and by what replaces it."""
+        """Keep how the example's tokens are mixed now."""
         if pair.teacher:
             found = parallel.without_gradient(pair, mixing_matrices, self.example)
             self.pictures |= dict(zip(("layer", "teacher", moment), found))
@@ -371,8 +370,8 @@ class Progress:
 
 
 def mixing_matrices(student, teacher, tokens):
-    """The middle replaced layer, and the matrices (3, L, L), float16, of attention and of its mixer
-    there, given the teacher's hidden state; () if it has none."""
+    """The middle replaced layer and, given the teacher's hidden state there, the matrices (3, L, L)
+    float16 of attention and of the mixer; () if it has none."""
     layers = replaced(student, teacher)
     layer = layers[len(layers) // 2]
     if not getattr(student.layers[layer].mixer, "mixing_matrix", None):
@@ -406,16 +405,14 @@ def ready(lm, teacher, hardware):
 
 
 def train_in(folder, settings, pairs, stages, lm, teacher, hardware, start=1.0):
-    """Train a model, a student of a teacher or (None) a teacher itself, and save it in `folder`.
-
-    settings: all that decides what is learnt. start: see curriculum.
-    """
+    """Train a model, with or without a teacher, and save it in `folder`. settings: all that decides
+    what is learnt. start: see curriculum."""
     with parallel.exclusively(folder):
         progress = Progress(folder, settings)
         if progress.is_finished:
             print(f"{folder}: finished", flush=True)
             return
-        print(f"{folder}: {lm.num_parameters():,} parameters, steps: {settings['steps']}", flush=True)
+        print(f"{folder}: {lm.num_parameters():,} parameters, steps", settings["steps"], flush=True)
         # to draw: the first 96 tokens of the first solution that has them
         ids = next((p + a for p, a in pairs if len(p + a) >= 96), sum(pairs[0], []))[:96]
         progress.example = torch.tensor([ids], device=hardware.device)
@@ -494,15 +491,15 @@ def teacher_of(args):
     if args.teacher:
         return args.teacher
     folder = Path(args.out, "teacher" + SUFFIX[args.size])
-    with parallel.first_alone():
-        if not (folder / "config.json").exists():
-            if args.task != "arithmetic" or (folder / "training.pt").exists():
-                raise ValueError(f"no finished teacher in {folder}: run python teacher.py, or name "
-                                 f"another with --teacher")
-            assets = Path(__file__).resolve().parent / "assets" / folder.name
-            print(f"{folder}: a copy of the teacher in {assets}", flush=True)
-            for file in sorted(assets.iterdir(), reverse=True):  # config.json is the last
-                replace_file(folder / file.name, partial(shutil.copyfile, file))
+    if not parallel.rank() and not (folder / "config.json").exists():
+        if args.task != "arithmetic" or (folder / "training.pt").exists():
+            raise ValueError(f"no finished teacher in {folder}: run python teacher.py, or name one "
+                             f"with --teacher")
+        print(f"{folder}: the teacher that ships", flush=True)
+        assets = Path(__file__).resolve().parent / "assets" / folder.name
+        for file in sorted(assets.iterdir(), reverse=True):  # config.json is the last
+            replace_file(folder / file.name, partial(shutil.copyfile, file))
+    parallel.wait()  # until it is there
     return str(folder)
 
 
@@ -514,7 +511,7 @@ def student_of(args, name, config):
     layers = layers if args.attention_layers is None else args.attention_layers
     mixers = [kept if i in layers else mixer for i, kept in enumerate(config.mixers)]
     if not set(layers) <= set(range(config.n_layers)) or mixers == config.mixers:
-        raise ValueError(f"--attention-layers {layers}: choose some, not all, of the teacher's "
+        raise ValueError(f"--attention-layers {layers}: name some, not all, of the teacher's "
                          f"layers 0 to {config.n_layers - 1}")
     asked = dict(args.steps)
     steps = {stage: asked.get(stage, asked.get("all", round(count * args.scale)))

@@ -49,16 +49,6 @@ def total(value):
 
 
 @contextlib.contextmanager
-def first_alone():
-    """What the first process makes on disk in here, the others find."""
-    if rank():
-        wait()
-    yield
-    if not rank():
-        wait()
-
-
-@contextlib.contextmanager
 def exclusively(folder):
     """Work in a folder where no other command works: the first process locks it."""
     with contextlib.nullcontext() if rank() else locked(folder):
@@ -68,7 +58,7 @@ def exclusively(folder):
 
 @contextlib.contextmanager
 def processes(device):
-    """Meet the other processes of torchrun. Only the first one prints; all end with the block."""
+    """Meet torchrun's other processes. Only the first one prints; all end with the block."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
@@ -83,7 +73,7 @@ def processes(device):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         with contextlib.redirect_stdout(open(os.devnull, "w") if rank() else sys.stdout):
             yield
-    except (ValueError, OSError):
+    except Exception:
         if rank():
             time.sleep(5)  # the first one speaks for all, and its end ends the others
         raise
@@ -95,8 +85,7 @@ def processes(device):
 
 # ---------------------------------------------------------------------------- FSDP2
 class Pair(nn.Module):
-    """A model in training and its teacher, or None, as one module: FSDP gathers their embeddings
-    around the whole loss."""
+    """A model in training and its teacher or None: FSDP gathers their embeddings around a loss."""
 
     def __init__(self, lm, teacher=None):
         super().__init__()
@@ -119,7 +108,7 @@ def shard(pair, device):
 
 
 def without_gradient(pair, loss, batch):
-    """pair(loss, batch) in no_grad. FSDP leaves the embeddings gathered for a backward pass, which
+    """pair(loss, batch) in no_grad. FSDP leaves the embeddings gathered for a backward pass that
     does not come: an optimizer made then would train copies that are thrown away."""
     with torch.no_grad():
         found = pair(loss, batch)
@@ -136,8 +125,8 @@ def whole_state(lm, *optimizers):
 
 
 def load_whole_state(lm, optimizer, state):
-    """Give every process its part of a whole_state. Not strict: weights that a stage's loss does
-    not reach, such as out_proj in orientation, have no moments."""
+    """Give every process its part of a whole_state. Not strict: weights that a loss does not reach,
+    such as out_proj in orientation, have no moments."""
     set_state_dict(lm, optimizer, model_state_dict=state["model"],
                    optim_state_dict=state["optimizer"], options=StateDictOptions(
                        full_state_dict=True, broadcast_from_rank0=world() > 1, strict=False))
@@ -155,11 +144,8 @@ def begin(job, threads):
 
 
 def run_all(jobs, device):
-    """Call all jobs; on a CPU at once, in a process each with its share of the threads. (A second
-    thread gains 3% at the built-in sizes.)
-
-    Whatever ends the caller ends all of them; one that fails ends the others, and the caller.
-    """
+    """Call all jobs, on a CPU at once: in a process each, with its share of the threads. Whatever
+    ends the caller ends all of them; one that fails ends the others, and the caller."""
     if device.type != "cpu" or world() > 1 or len(jobs) == 1:
         for job in jobs:
             job()
@@ -170,7 +156,7 @@ def run_all(jobs, device):
     try:
         for child in children:
             child.start()
-        # Every code is asked for once a round: a sentinel is there a moment before its code is.
+        # every code is asked for once a round: a sentinel is there a moment before its code is
         while None in (codes := [child.exitcode for child in children]) and not any(codes):
             wait_for([child.sentinel for child, code in zip(children, codes) if code is None])
         if any(codes):
