@@ -554,8 +554,8 @@ def parse_args(argv=None):
         "that q and k fit, 16 for mamba")
     add("--random-mixers", action="store_true", help="do not transfer attention's weights")
     add = parser.add_argument_group("how to learn").add_argument
-    add("--steps", nargs="+", type=stage_steps, default=[], metavar="[STAGE=]N", help="of a stage, "
-        f"or of all; default, times --scale: {STEPS}")
+    add("--steps", nargs="+", type=stage_steps, default=[], metavar="[STAGE=]N",
+        help=f"of a stage, or of all; default, times --scale: {STEPS}")
     add("--scale", type=number(0, 1e6, float), default=1.0, help="of default steps")
     add("--kl", choices=["forward", "reverse"], default="forward", help="which divergence")
     add("--lr", type=number(1e-9, 100, float), help="peak learning rate; default: 5e-4 for "

@@ -1,9 +1,9 @@
 """Several processes: those of torchrun share one training or one sampling, those of run_all have a
 job each.
 
-Under torchrun PyTorch's FSDP2 gives each process its part of every weight, gradient and moment; a
-block's weights are gathered, in float32, around its call. Checkpoints hold whole tensors: a run can
-go on with more or fewer processes. Without torchrun there is one.
+Under torchrun FSDP2 gives each process its part of every weight, gradient and moment; a block's
+weights are gathered, in float32, around its call. Checkpoints hold whole tensors: a run can go on
+with more or fewer processes. Without torchrun there is one.
 """
 import contextlib
 import datetime
@@ -67,8 +67,8 @@ def processes(device):
     dist.init_process_group("nccl" if gpus else "gloo", timeout=day)
     try:
         if 0 < gpus < here:
-            raise ValueError(f"--nproc_per_node={here} needs as many GPUs, PyTorch finds {gpus}: "
-                             f"lower it, or use --device cpu")
+            raise ValueError(f"--nproc_per_node={here}, but PyTorch finds {gpus} GPUs: lower it, "
+                             f"or use --device cpu")
         if gpus:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         with contextlib.redirect_stdout(open(os.devnull, "w") if rank() else sys.stdout):
@@ -80,7 +80,7 @@ def processes(device):
     wait()
     dist.destroy_process_group()
     sys.stdout.flush()
-    os._exit(0)  # in a usual end PyTorch's threads race with Python's: one in twenty aborts
+    os._exit(0)  # else PyTorch's threads race with Python's: one end in twenty aborts
 
 
 # ---------------------------------------------------------------------------- FSDP2
@@ -97,7 +97,7 @@ class Pair(nn.Module):
 
 
 def shard(pair, device):
-    """The Pair on its device, spread over the processes if there are several."""
+    """The Pair on its device, or spread over those of all processes."""
     if world() == 1:
         return pair.to(device)
     mesh = dist.device_mesh.init_device_mesh(device.type, (world(),))
@@ -118,8 +118,7 @@ def without_gradient(pair, loss, batch):
 
 
 def whole_state(lm, *optimizers):
-    """The weights, and the moments if there is an optimizer: whole tensors on the CPU, in the first
-    process."""
+    """Weights, and moments if there is an optimizer, as whole tensors in the first process."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return dict(zip(("model", "optimizer"), get_state_dict(lm, optimizers, options=options)))
 
@@ -127,9 +126,9 @@ def whole_state(lm, *optimizers):
 def load_whole_state(lm, optimizer, state):
     """Give every process its part of a whole_state. Not strict: weights that a loss does not reach,
     such as out_proj in orientation, have no moments."""
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world() > 1, strict=False)
     set_state_dict(lm, optimizer, model_state_dict=state["model"],
-                   optim_state_dict=state["optimizer"], options=StateDictOptions(
-                       full_state_dict=True, broadcast_from_rank0=world() > 1, strict=False))
+                   optim_state_dict=state["optimizer"], options=options)
 
 
 # ---------------------------------------------------------------------------- side by side
@@ -150,9 +149,9 @@ def run_all(jobs, device):
         for job in jobs:
             job()
         return
-    context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // len(jobs))
-    children = [context.Process(target=begin, args=(job, threads)) for job in jobs]
+    spawn = multiprocessing.get_context("spawn").Process
+    children = [spawn(target=begin, args=(job, threads)) for job in jobs]
     try:
         for child in children:
             child.start()

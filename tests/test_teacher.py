@@ -1,6 +1,7 @@
 """What teacher.py promises: a teacher from scratch that students can be made of, a copy of a given
 one that leaves the original alone, and runs that go on like those of distill.py."""
 import json
+import os
 import shutil
 
 import pytest
@@ -33,12 +34,10 @@ def test_a_teacher_from_scratch_has_the_built_in_tasks_tokenizer(command, tiny_o
     """All attention, of the size asked for; a student can be made of it without naming it."""
     for size, name, layers in ("base", "teacher", 4), ("small", "teacher-small", 2):
         folder = command("--size", size, name=name)
-        lm, tokenizer = LM.from_pretrained(str(folder)), load_tokenizer(str(folder))
-        assert lm.config.mixers == ["attention"] * layers
-        assert lm.config.vocab_size == tokenizer.vocab_size
-        assert lm.config.eos_ids == tokenizer.eos_ids
+        config, tokenizer = LM.from_pretrained(folder).config, load_tokenizer(str(folder))
+        assert config.mixers == ["attention"] * layers and config.eos_ids == tokenizer.eos_ids
+        assert config.vocab_size == tokenizer.vocab_size
         assert [record["stage"] for record in metrics(folder)] == ["pretrain"] * 3
-        assert not (folder / "matrices.npz").exists()
     distill.main([*tiny_options, "--out", str(tmp_path / "out"), "--size", "small", "--student",
                   "pure", "--steps", "1"])
     made = json.loads((tmp_path / "out" / "pure-small" / "training.json").read_text())
@@ -48,12 +47,11 @@ def test_a_teacher_from_scratch_has_the_built_in_tasks_tokenizer(command, tiny_o
 def test_a_given_model_is_fine_tuned_as_a_copy(command, tiny_out):
     """Red if the given one is written to, or if training starts anew: with a rate of next to 0 the
     copy is the original, with another it learns."""
-    given, before = tiny_out / "teacher", hub.fingerprint(tiny_out / "teacher")
-    original = load_file(given / "model.safetensors")
-    copied, learnt = (
-        load_file(command("--from", str(given), "--lr", lr, "--size", size, name=name)
-                  / "model.safetensors")
-        for lr, size, name in (("1e-9", "base", "teacher"), ("1e-2", "small", "teacher-small")))
+    given, before = str(tiny_out / "teacher"), hub.fingerprint(tiny_out / "teacher")
+    folders = command("--from", given, "--lr", "1e-9"), command(
+        "--from", given, "--lr", "1e-2", "--size", "small", name="teacher-small")
+    original, copied, learnt = (load_file(os.path.join(folder, "model.safetensors"))
+                                for folder in (given, *folders))
     assert hub.fingerprint(given) == before
     for name, tensor in original.items():
         assert_close(copied[name], tensor)
@@ -75,8 +73,7 @@ def test_the_loss_is_the_cross_entropy_of_the_solutions(command, tiny_out, task_
 
 def test_a_stopped_run_goes_on_and_another_one_is_refused(command, monkeypatch, capsys, tmp_path):
     """A student cannot be made of half a teacher either."""
-    expected, save = load_file(command("--save-every", "2") / "model.safetensors"), (
-        distill.Progress.save)
+    expected, save = hub.fingerprint(command("--save-every", "2")), distill.Progress.save
     shutil.rmtree(tmp_path / "out")
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(distill.Progress, "save", lambda *state: (save(*state), 1 / 0))
@@ -86,10 +83,8 @@ def test_a_stopped_run_goes_on_and_another_one_is_refused(command, monkeypatch, 
     for option, value in ("--seed", "1"), ("--lr", "0.5"), ("--steps", "4"), ("--limit", "9"):
         with pytest.raises(ValueError, match=rf"\b{option[2:]} = .*--out"):
             command(option, value)
-    capsys.readouterr()
-    found = load_file(command("--save-every", "2") / "model.safetensors")
+    assert hub.fingerprint(command("--save-every", "2")) == expected
     assert "going on at stage 1, step 2" in capsys.readouterr().out
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     command()
     assert "finished" in capsys.readouterr().out
 
@@ -98,6 +93,4 @@ def test_a_given_model_is_never_overwritten(command, tiny_out, tmp_path):
     shutil.copytree(tiny_out / "teacher", tmp_path / "out" / "teacher")
     with pytest.raises(ValueError, match="--from .* where the copy would go: choose another --out"):
         command("--from", str(tmp_path / "out" / "teacher"))
-    with pytest.raises((ValueError, FileNotFoundError), match="nowhere"):
-        command("--from", "nowhere")
     assert hub.fingerprint(tmp_path / "out" / "teacher") == hub.fingerprint(tiny_out / "teacher")
