@@ -285,7 +285,8 @@ def student_stages(steps, lr, direction):
 # ---- first reading ends here: resuming, the picture of the matrices, options ----
 class Progress:
     """Where the training of one model stands. Its folder has the settings in training.json and,
-    until the model is finished, weights, moments and the position in training.pt."""
+    until the model is finished, weights, moments and the POSITION in training.pt."""
+    POSITION = "stage", "step", "tokens", "losses", "logged", "pictures"
 
     def __init__(self, folder, settings):
         """As a checkpoint there says. ValueError if the folder is of another run."""
@@ -312,16 +313,15 @@ class Progress:
             if zipfile.ZipFile(path).testzip():  # a checksum differs
                 raise zipfile.BadZipFile
             self.saved = torch.load(path, weights_only=True, map_location="cpu")
-            vars(self).update(self.saved["position"])
+            vars(self).update((name, self.saved["position"][name]) for name in self.POSITION)
         except Exception as error:
             raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}): "
                              f"delete it to start over") from None
         print(f"{self.folder}: going on at stage {self.stage + 1}, step {self.step}", flush=True)
 
     def save(self, lm, optimizer):
-        names = "stage", "step", "tokens", "losses", "logged", "pictures"
         state = parallel.whole_state(lm, optimizer)
-        state["position"] = {name: getattr(self, name) for name in names}
+        state["position"] = {name: getattr(self, name) for name in self.POSITION}
         if not parallel.rank():
             replace_file(self.folder / "training.pt", partial(torch.save, state))
 
