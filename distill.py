@@ -445,8 +445,7 @@ def add_shared_options(parser):
         "or a .jsonl file of problems with solutions, or of samples")
     add("--limit", type=number(1), help="so many of its problems; default: all")
     add("--subset-seed", type=number(0), help="choose them at random; default: the first")
-    add("--prompt-file", help="the text around {question}; default: nothing for arithmetic, else "
-        "to reason step by step")
+    add("--prompt-file", help="the text around {question}; default: see prompt_template in data.py")
     add = parser.add_argument_group("where and how to compute").add_argument
     add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     add("--dtype", choices=["float32", "bfloat16"], help="of autocast, weights stay float32; "
@@ -559,7 +558,7 @@ def parse_args(argv=None):
     add("--scale", type=number(0, 1e6, float), default=1.0, help="of default steps")
     add("--kl", choices=["forward", "reverse"], default="forward", help="which divergence")
     add("--lr", type=number(1e-9, 100, float), help="peak learning rate; default: 5e-4 for "
-        "arithmetic, else 2e-3, less for widths above 64")
+        "arithmetic, else 2e-3, less above a width of 64")
     add("--batch-tokens", type=number(1), help="tokens a step, padding included; default: 768 for "
         "arithmetic, else 6144")
     add("--seed", type=number(0, 2 ** 31), default=0, help="of initialisation and the data's order")

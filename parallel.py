@@ -1,5 +1,4 @@
-"""Several processes: those of torchrun share one training or one sampling, those of run_all have a
-job each.
+"""Several processes: torchrun's share one training or one sampling, run_all's have a job each.
 
 Under torchrun FSDP2 gives each process its part of every weight, gradient and moment; a block's
 weights are gathered, in float32, around its call. Checkpoints hold whole tensors: a run can go on
@@ -143,8 +142,8 @@ def begin(job, threads):
 
 
 def run_all(jobs, device):
-    """Call all jobs, on a CPU at once: in a process each, with its share of the threads. Whatever
-    ends the caller ends all of them; one that fails ends the others, and the caller."""
+    """Call all jobs; on a CPU at once, in a process each with its share of the threads. Whatever
+    ends the caller ends them; one that fails ends the others, and the caller."""
     if device.type != "cpu" or world() > 1 or len(jobs) == 1:
         for job in jobs:
             job()
@@ -161,6 +160,7 @@ def run_all(jobs, device):
         if any(codes):
             raise SystemExit(next(filter(None, codes)))
     finally:
-        for child in filter(multiprocessing.Process.is_alive, children):
-            child.terminate()
-            child.join()
+        for child in children:
+            if child.is_alive():
+                child.terminate()
+                child.join()
