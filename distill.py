@@ -445,7 +445,8 @@ def add_shared_options(parser):
         "or a .jsonl file of problems with solutions, or of samples")
     add("--limit", type=number(1), help="so many of its problems; default: all")
     add("--subset-seed", type=number(0), help="choose them at random; default: the first")
-    add("--prompt-file", help="the text around {question}; default: see prompt_template in data.py")
+    add("--prompt-file", help="the text around {question}; default: nothing for arithmetic, else "
+        "to reason step by step")
     add = parser.add_argument_group("where and how to compute").add_argument
     add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     add("--dtype", choices=["float32", "bfloat16"], help="of autocast, weights stay float32; "
