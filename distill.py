@@ -41,7 +41,7 @@ from model import FROM_ATTENTION, LM, MIXERS, Config, student_from, weight_dtype
 IGNORE = -100  # label of a position whose prediction does not count
 
 
-# ---------------------------------------------------------------------------- losses
+# ---- losses
 def kl_loss(student_logits, teacher_logits, labels, direction="forward"):
     """Mean over answer tokens of a KL divergence of next-token distributions, in float32.
 
@@ -102,7 +102,7 @@ def hidden_loss(student, teacher, tokens, valid):
     return loss
 
 
-# ---------------------------------------------------------------------------- batches
+# ---- batches
 class Batch(NamedTuple):
     """Sequences, padded on the right, where a causal model's real tokens cannot see it.
 
@@ -169,12 +169,12 @@ def batches(pairs, tokens_per_batch, max_length, seed, share=lambda step: 1.0):
 def curriculum(steps, start):
     """Length as a share of the longest: grows from `start` to 1 over the first half of a stage.
 
-    After the same budget the KL is 0.15 nats a token; without it, 0.35 (commit a4bed8b).
+    It halves the KL that the same budget reaches (commit a4bed8b).
     """
     return lambda step: min(1.0, start + (1 - start) * step / max(1, 0.5 * steps))
 
 
-# ---------------------------------------------------------------------------- the training loop
+# ---- the training loop
 @dataclass
 class Stage:
     """A stretch of training with one loss(student, teacher, batch) -> scalar."""
@@ -194,12 +194,11 @@ def learning_rate(step, steps, peak):
 
 def make_optimizer(lm, lr):
     """AdamW. Only matrices decay: gains and memory lengths would be pulled to an arbitrary 0."""
-    decayed, kept = [], []
+    groups = dict(params=[], weight_decay=0.1), dict(params=[], weight_decay=0.0)
     for name, parameter in lm.named_parameters():
         if parameter.requires_grad:
             is_matrix = parameter.dim() > 1 and weight_dtype(lm, name, None) is None
-            (decayed if is_matrix else kept).append(parameter)
-    groups = [dict(params=decayed, weight_decay=0.1), dict(params=kept, weight_decay=0.0)]
+            groups[not is_matrix]["params"].append(parameter)
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
@@ -247,7 +246,7 @@ def gradient(pair, stage, batch, hardware):
     return parallel.total(loss)
 
 
-# ---------------------------------------------------------------------------- students
+# ---- students
 # The built-in experiment's students: recipe, mixer, layers that keep attention.
 STUDENTS = dict(pure=("mohawk", "mamba2", ()), hybrid=("mambainllama", "mamba2", (1,)))
 # Each recipe's stages and their steps. MambaInLlama is weight transfer and KL alone.
@@ -392,6 +391,10 @@ class Hardware:
     log_every: int  # steps
     save_every: int
 
+    def __post_init__(self):
+        if self.compile and not shutil.which(os.environ.get("CXX", "c++")):
+            raise ValueError("--compile needs a C++ compiler: install g++, or set CXX")
+
 
 def ready(lm, teacher, hardware):
     """Their Pair on its device. Blocks get another forward: the names of weights stay the same."""
@@ -410,6 +413,7 @@ def train_in(folder, settings, pairs, stages, lm, teacher, hardware, start=1.0):
     with parallel.exclusively(folder):
         progress = Progress(folder, settings)
         if progress.is_finished:
+            LM.from_pretrained(folder)  # or an error, if its weights were lost
             print(f"{folder}: finished", flush=True)
             return
         print(f"{folder}: {lm.num_parameters():,} parameters, steps", settings["steps"], flush=True)
@@ -437,20 +441,20 @@ def distill(folder, settings, pairs, source, hardware):
     train_in(folder, settings, pairs, stages, lm, teacher, hardware, start)
 
 
-# ---------------------------------------------------------------------------- options
+# ---- options
 def add_shared_options(parser):
     """Add the options that teacher.py has too."""
     add = parser.add_argument_group("what to learn from").add_argument
-    add("--task", default="arithmetic", help="arithmetic, gsm8k, openmath2, openmath2[1000:2000], "
-        "or a .jsonl file of problems with solutions, or of samples")
-    add("--limit", type=number(1), help="so many of its problems; default: all")
-    add("--subset-seed", type=number(0), help="choose them at random; default: the first")
-    add("--prompt-file", help="the text around {question}; default: nothing for arithmetic, else "
-        "to reason step by step")
+    add("--task", default="arithmetic", help="gsm8k, openmath2, openmath2[1000:2000], or a .jsonl "
+        "file of problems with solutions, or of samples")
+    add("--limit", type=number(1), help="how many problems; default: all")
+    add("--subset-seed", type=number(0), help="take them at random; default: the first")
+    add("--prompt-file", help="text around {question}; default: nothing for arithmetic, else an "
+        "instruction to reason")
     add = parser.add_argument_group("where and how to compute").add_argument
     add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
-    add("--dtype", choices=["float32", "bfloat16"], help="of autocast, weights stay float32; "
-        "default: bfloat16 on cuda, float32 on cpu")
+    add("--dtype", choices=["float32", "bfloat16"], help="of autocast; default: bfloat16 on cuda, "
+        "else float32")
     add("--accumulate", type=number(1), default=1, help="pieces of a batch: less memory")
     add("--checkpoint-activations", action="store_true", help="compute twice: less memory")
     add("--compile", action="store_true", help="use torch.compile")
@@ -459,40 +463,27 @@ def add_shared_options(parser):
     add("--out", default="out", help="models go to OUT/<name>")
 
 
-def hardware_of(args):
-    """The Hardware that the options ask for."""
-    if args.compile and not shutil.which(os.environ.get("CXX", "c++")):
-        raise ValueError("--compile needs a C++ compiler: install g++, or set CXX")
-    return Hardware(*choose_device(args.device, args.dtype), args.accumulate,
-                    args.checkpoint_activations, args.compile, args.log_every, args.save_every)
-
-
-def data_of(args, tokenizer):
+def load_pairs(tokenizer, task, limit, subset_seed, prompt_file, only_right=False):
     """The Pairs of a task's worked solutions, and the settings that choose them."""
-    right = getattr(args, "only_right", False)  # teacher.py has no such option
-    problems = [problem for problem in load_task(args.task, "train") if problem.solution and (
-        not right or is_correct(extract_answer(problem.solution) or "", problem.answer))]
+    problems = [problem for problem in load_task(task, "train") if problem.solution and (
+        not only_right or is_correct(extract_answer(problem.solution) or "", problem.answer))]
     if not problems:
-        raise ValueError(f"{args.task} has no {'right ' * right}worked solutions to train on: a "
+        raise ValueError(f"{task} has no {'right ' * only_right}worked solutions to train on: a "
                          f"column `solution`, or finished samples with a \\boxed{{}} answer")
-    template = prompt_template(args.task, args.prompt_file)
-    content = crc(Path(args.task).read_bytes()) if os.path.isfile(args.task) else None
-    settings = dict(task=args.task, content=content, template=template, only_right=right,
-                    limit=args.limit, subset_seed=args.subset_seed, seed=args.seed)
-    problems = choose_subset(problems, args.limit, args.subset_seed)
-    return Pairs(problems, tokenizer, template), settings
+    template = prompt_template(task, prompt_file)
+    content = crc(Path(task).read_bytes()) if os.path.isfile(task) else None
+    settings = dict(task=task, content=content, template=template, only_right=only_right,
+                    limit=limit, subset_seed=subset_seed)
+    return Pairs(choose_subset(problems, limit, subset_seed), tokenizer, template), settings
 
 
 SUFFIX = dict(base="", small="-small")  # of names, by --size
 
 
-def teacher_of(args):
-    """The teacher as asked for, or in OUT, where for arithmetic the one that ships is copied to."""
-    if args.teacher:
-        return args.teacher
-    folder = Path(args.out, "teacher" + SUFFIX[args.size])
+def built_in_teacher(folder, task):
+    """The teacher in a folder, where for arithmetic the one that ships is copied to."""
     if not parallel.rank() and not (folder / "config.json").exists():
-        if args.task != "arithmetic" or (folder / "training.pt").exists():
+        if task != "arithmetic" or (folder / "training.pt").exists():
             raise ValueError(f"no finished teacher in {folder}: run python teacher.py, or name one "
                              f"with --teacher")
         print(f"{folder}: the teacher that ships", flush=True)
@@ -503,26 +494,24 @@ def teacher_of(args):
     return str(folder)
 
 
-def student_of(args, name, config):
-    """The settings of a student of a teacher of this Config: as asked for, else by name and task.
-    (The built-in task has many small steps: updates count, and its batches are cheap.)"""
-    recipe, mixer, layers = STUDENTS.get(name.split("-")[0], STUDENTS["pure"])
-    recipe, mixer = args.recipe or recipe, args.mixer or mixer
-    layers = layers if args.attention_layers is None else args.attention_layers
+def student_settings(name, config, task, recipe, mixer, layers, steps, scale, lr, batch_tokens):
+    """What decides how a student of a teacher of this Config is made: as asked for, or by its name
+    and task. (The built-in task has many small steps: updates count, its batches are cheap.)"""
+    defaults = STUDENTS.get(name.split("-")[0], STUDENTS["pure"])
+    recipe, mixer = recipe or defaults[0], mixer or defaults[1]
+    layers = defaults[2] if layers is None else layers
     mixers = [kept if i in layers else mixer for i, kept in enumerate(config.mixers)]
     if not set(layers) <= set(range(config.n_layers)) or mixers == config.mixers:
-        raise ValueError(f"--attention-layers {layers}: name some, not all, of the teacher's "
-                         f"layers 0 to {config.n_layers - 1}")
-    asked = dict(args.steps)
-    steps = {stage: asked.get(stage, asked.get("all", round(count * args.scale)))
+        raise ValueError(f"--attention-layers {layers}: nothing to distil; name some, not all, of "
+                         f"the teacher's layers 0 to {config.n_layers - 1}")
+    steps = {stage: steps.get(stage, steps.get("all", round(count * scale)))
              for stage, count in STEPS[recipe].items()}
     if steps.get("matrices") and not getattr(MIXERS[mixer], "mixing_matrix", None):
         raise ValueError(f"--mixer {mixer} has no matrix to orient: add --steps matrices=0")
-    built_in = args.task == "arithmetic"
-    return dict(recipe=recipe, mixers=mixers, steps=steps, d_state=args.d_state, kl=args.kl,
-                transfer=not args.random_mixers,
-                lr=args.lr or (5e-4 if built_in else 2e-3 * min(1.0, 64 / config.d_model)),
-                batch_tokens=args.batch_tokens or (768 if built_in else 6144))
+    built_in = task == "arithmetic"
+    return dict(recipe=recipe, mixers=mixers, steps=steps,
+                lr=lr or (5e-4 if built_in else 2e-3 * min(1.0, 64 / config.d_model)),
+                batch_tokens=batch_tokens or (768 if built_in else 6144))
 
 
 def layer_list(text):
@@ -543,15 +532,14 @@ def parse_args(argv=None):
         help="a name that does not start with hybrid has pure's defaults")
     add("--teacher", help="a Llama, folder or Hugging Face repository; default: OUT/teacher, for "
         "arithmetic a copy of the one that ships")
-    add("--size", choices=SUFFIX, default="base", help="small: the teacher is OUT/teacher-small, "
-        "the students pure-small, hybrid-small")
+    add("--size", choices=SUFFIX, default="base", help="small: OUT/teacher-small, NAME-small")
     add("--recipe", choices=STEPS, help="default: mohawk for pure, mambainllama for hybrid")
     add("--mixer", choices=[word for word, mixer in MIXERS.items() if mixer in FROM_ATTENTION],
         help="what replaces attention; default: mamba2")
     add("--attention-layers", type=layer_list, metavar="I,J", help="layers to keep, or none; "
         "default: none for pure, 1 for hybrid")
-    add("--d-state", type=number(1, 65536), help="state size; default: head_dim for mamba2, so "
-        "that q and k fit, 16 for mamba")
+    add("--d-state", type=number(1, 65536), help="state size; default: head_dim for mamba2, 16 for "
+        "mamba")
     add("--random-mixers", action="store_true", help="do not transfer attention's weights")
     add = parser.add_argument_group("how to learn").add_argument
     add("--steps", nargs="+", type=stage_steps, default=[], metavar="[STAGE=]N",
@@ -570,18 +558,26 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    steps, suffix = dict(args.steps), SUFFIX[args.size]
     with parallel.processes(args.device):
-        hardware, source = hardware_of(args), teacher_of(args)
+        hardware = Hardware(*choose_device(args.device, args.dtype), args.accumulate,
+                            args.checkpoint_activations, args.compile, args.log_every,
+                            args.save_every)
+        source = args.teacher or built_in_teacher(Path(args.out, "teacher" + suffix), args.task)
         config = Config(**hub.read_config(hub.checkpoint_folder(source)))
-        students = {name: student_of(args, name, config) for name in args.student}
+        students = {name: student_settings(
+            name, config, args.task, args.recipe, args.mixer, args.attention_layers, steps,
+            args.scale, args.lr, args.batch_tokens) for name in args.student}
         stages = {"all"}.union(*(student["steps"] for student in students.values()))
-        if unknown := dict(args.steps).keys() - stages:
+        if unknown := steps.keys() - stages:
             raise ValueError(f"--steps {min(unknown)}=...: choose of {', '.join(sorted(stages))}")
-        pairs, data = data_of(args, load_tokenizer(source))
-        data["teacher"] = hub.fingerprint(source)
-        jobs = [partial(distill, os.path.join(args.out, name + SUFFIX[args.size]), student | data,
-                        pairs, source, hardware) for name, student in students.items()]
-        parallel.run_all(jobs, hardware.device)
+        pairs, data = load_pairs(load_tokenizer(source), args.task, args.limit, args.subset_seed,
+                                 args.prompt_file, args.only_right)
+        data |= dict(teacher=hub.fingerprint(source), d_state=args.d_state, kl=args.kl,
+                     transfer=not args.random_mixers, seed=args.seed)
+        parallel.run_all([partial(distill, os.path.join(args.out, name + suffix), student | data,
+                                  pairs, source, hardware) for name, student in students.items()],
+                         hardware.device)
 
 
 if __name__ == "__main__":

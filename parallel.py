@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from common import locked, run
 
 
-# ---------------------------------------------------------------------------- torchrun
+# ---- torchrun
 def rank():
     """Which of the processes this is; 0 is the first."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -82,7 +82,7 @@ def processes(device):
     os._exit(0)  # else PyTorch's threads race with Python's: one end in twenty aborts
 
 
-# ---------------------------------------------------------------------------- FSDP2
+# ---- FSDP2
 class Pair(nn.Module):
     """A model in training and its teacher or None: FSDP gathers their embeddings around a loss."""
 
@@ -130,7 +130,7 @@ def load_whole_state(lm, optimizer, state):
                    optim_state_dict=state["optimizer"], options=options)
 
 
-# ---------------------------------------------------------------------------- side by side
+# ---- side by side
 def begin(job, threads):
     """Do a job in a process of its own, which ends when its parent does."""
     def end_with_parent():

@@ -12,9 +12,10 @@ import torch
 
 import hub
 import parallel
-from common import Parser, number, run
+from common import Parser, choose_device, number, run
 from data import load_tokenizer
-from distill import START, SUFFIX, Stage, add_shared_options, data_of, hardware_of, sft, train_in
+from distill import (START, SUFFIX, Hardware, Stage, add_shared_options, load_pairs, sft,
+                     train_in)
 from model import LM, Config
 
 SIZES = dict(base=dict(n_layers=4), small=dict(n_layers=2))  # else as Config's defaults
@@ -46,9 +47,12 @@ def main(argv=None):
         raise ValueError(f"--from {source} is where the copy would go: choose another --out")
     default = FINE_TUNING if source else SCRATCH
     budget = dict(steps=args.steps or default["steps"], lr=args.lr or default["lr"],
-                  batch_tokens=args.batch_tokens)
+                  batch_tokens=args.batch_tokens, seed=args.seed)
     with parallel.processes(args.device):
-        hardware, tokenizer = hardware_of(args), load_tokenizer(source or "arithmetic")
+        hardware = Hardware(*choose_device(args.device, args.dtype), args.accumulate,
+                            args.checkpoint_activations, args.compile, args.log_every,
+                            args.save_every)
+        tokenizer = load_tokenizer(source or "arithmetic")
         torch.manual_seed(args.seed)
         if source:  # who can solve the task already needs no curriculum
             stage, start, origin = "sft", 1.0, dict(teacher=hub.fingerprint(source))
@@ -57,7 +61,8 @@ def main(argv=None):
             stage, start, origin = "pretrain", START.get(args.task, 1.0), dict(size=args.size)
             lm = LM(Config(vocab_size=tokenizer.vocab_size, eos_ids=tokenizer.eos_ids,
                            **SIZES[args.size]))
-        pairs, data = data_of(args, tokenizer)
+        pairs, data = load_pairs(tokenizer, args.task, args.limit, args.subset_seed,
+                                 args.prompt_file)
         train_in(folder, data | origin | budget, pairs,
                  [Stage(stage, budget["steps"], budget["lr"], sft)], lm, None, hardware, start)
 

@@ -176,7 +176,7 @@ def test_a_file_imports_what_is_before_it_and_its_functions_are_short(path):
             name = getattr(node, "name", "lambda")
             assert node.end_lineno - node.lineno < (85 if name.endswith("_kernel") else 60), name
             names = {getattr(argument, "arg", None) for argument in ast.walk(node.args)}
-            assert "args" not in names or name.endswith("_of"), name
+            assert "args" not in names, name
 
 
 def test_the_house_is_as_small_as_it_was_drawn():

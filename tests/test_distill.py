@@ -25,7 +25,7 @@ from distill import (IGNORE, Batch, batches, collate, curriculum, hidden_loss, k
 from model import LM, Config, student_from
 
 
-# ---------------------------------------------------------------------------- losses on logits
+# ---- losses on logits
 def literal_loss(kind, student, teacher, labels):
     """Token by token in float64: the formulas of the docstrings, over labels that count."""
     found = []
@@ -70,7 +70,7 @@ def test_kl_is_zero_for_equal_distributions_only_and_the_teacher_gets_no_gradien
     assert (student.grad.abs().sum(-1) > 0).equal(labels != IGNORE)
 
 
-# ---------------------------------------------------------------------------- losses on layers
+# ---- losses on layers
 ROWS = [list(range(1, 12)), [3, 1, 4, 1, 5], [9, 2, 6, 5, 3, 5, 8]]
 
 
@@ -121,7 +121,7 @@ def test_layer_losses_are_their_definition_and_train_the_replaced_layers(make_lm
     assert unchanged == (loss is matrix_loss)
 
 
-# ---------------------------------------------------------------------------- batches
+# ---- batches
 def test_the_first_answer_token_and_the_stop_token_are_learnt_and_the_prompt_is_not():
     """Position t predicts token t + 1. M1's code masks by the token at t, and loses the first."""
     tokens, labels, valid = collate([([1, 2, 3], [11, 12, 99]), ([4], [13, 99])])
@@ -196,7 +196,7 @@ def test_pieces_add_up_to_the_batch():
         assert sorted(rows_of(p for p, share in pieces if share)) == sorted(rows_of([batch]))
 
 
-# ---------------------------------------------------------------------------- optimisation
+# ---- optimisation
 def test_the_learning_rate_warms_up_stays_and_decays():
     """Up over 5% of the steps, down over the last 40%, never 0."""
     for steps, step in ((steps, step) for steps in (1, 2, 3, 20, 200) for step in range(steps)):
@@ -248,7 +248,7 @@ def test_pieces_and_checkpoints_change_no_gradient(make_lm, name, change):
         assert_close(found[key] / scale + 1, expected[key] / scale + 1)
 
 
-# ---------------------------------------------------------------------------- the tiny experiment
+# ---- the tiny experiment
 def metrics(folder, *without):
     lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in without} for line in lines]
@@ -327,14 +327,17 @@ def test_training_follows_the_schedule(command, tiny_out):
 def test_what_a_student_is_by_default_and_as_asked(name, options, expected):
     """Of a teacher of four layers and width 128: 2e-3 is halved."""
     args = distill.parse_args(options.split())
-    found = distill.student_of(args, name, Config(d_model=128))
+    found = distill.student_settings(
+        name, Config(d_model=128), args.task, args.recipe, args.mixer, args.attention_layers,
+        dict(args.steps), args.scale, args.lr, args.batch_tokens)
     assert {key: found[key] for key in expected} == expected
 
 
 @pytest.mark.parametrize("options, steps, message", [
     (["--attention-layers", "0,5"], [], r"--attention-layers \(0, 5\).* 0 to 1"),
     (["--attention-layers", "-1"], [], "--attention-layers .* 0 to 1"),
-    (["--attention-layers", "0,1"], [], "not all"), (["--attention-layers", "x"], [], "^2$"),
+    (["--attention-layers", "0,1"], [], "nothing to distil"),
+    (["--attention-layers", "x"], [], "^2$"),
     (["--mixer", "mamba"], ["matrices=1"], "--mixer mamba .* --steps matrices=0"),
     ([], ["nope=3"], "--steps nope=.*hidden, kl, matrices, sft"),
     (["--recipe", "mambainllama"], ["kl=1"], "--steps hidden=.*all, kl, sft"),
@@ -349,7 +352,7 @@ def test_a_mistake_is_named_and_leaves_nothing_that_blocks_the_right_command(
     assert LM.from_pretrained(str(command())).config.mixers == ["mamba2", "mamba2"]
 
 
-# ---------------------------------------------------------------------------- data, matrices.npz
+# ---- data, matrices.npz
 def test_samples_are_a_task_and_only_right_keeps_the_right_ones(tmp_path):
     """Unfinished and unboxed texts are no solutions; --only-right leaves out wrong ones. Their text
     is learnt as it is. Nothing left is an error that says what is needed."""
@@ -357,16 +360,16 @@ def test_samples_are_a_task_and_only_right_keeps_the_right_ones(tmp_path):
              ("5", "stop")]
     path, tokenizer = tmp_path / "samples.jsonl", load_tokenizer("arithmetic")
 
-    def learnt(texts, *options):
+    def learnt(texts, only_right=False):
         path.write_text("".join(json.dumps(dict(
             problem=0, sample=i, question="2 +3", gold="5", completion=text, finish=finish)) + "\n"
             for i, (text, finish) in enumerate(texts)))
-        args = distill.parse_args(["--task", str(path), *options])
-        return [tokenizer.decode(answer) for _, answer in distill.data_of(args, tokenizer)[0]]
+        pairs, _ = distill.load_pairs(tokenizer, str(path), None, None, None, only_right)
+        return [tokenizer.decode(answer) for _, answer in pairs]
     assert learnt(texts) == ["so \\boxed{5}<|end|>", "so \\boxed{6}<|end|>"]
-    assert learnt(texts, "--only-right") == ["so \\boxed{5}<|end|>"]
+    assert learnt(texts, True) == ["so \\boxed{5}<|end|>"]
     with pytest.raises(ValueError, match="no right worked solutions"):
-        learnt(texts[1:], "--only-right")
+        learnt(texts[1:], True)
     with pytest.raises(ValueError, match="no worked solutions to train on"):
         learnt(texts[2:])
 
@@ -402,7 +405,7 @@ def test_the_picture_is_small_and_of_mixers_that_have_matrices_only(command, mak
     assert np.load(path)["end"].shape == (3, 96, 96) and path.stat().st_size <= 250_000
 
 
-# ---------------------------------------------------------------------------- stop and resume
+# ---- stop and resume
 RESUMED = ["matrices=2", "hidden=3", "kl=5", "sft=2"]
 OFTEN = ["--save-every", "2", "--log-every", "3"]  # a log line spans a checkpoint
 

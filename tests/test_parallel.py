@@ -45,7 +45,7 @@ def options(tiny_out, tiny_options):
             "--recipe", "mohawk", "--steps", "4", "--log-every", "1", "--save-every", "3"]
 
 
-# ---------------------------------------------------------------------------- torchrun
+# ---- torchrun
 STOPPING = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
@@ -85,7 +85,7 @@ def test_two_processes_train_what_one_trains_and_they_come_and_go(options, tmp_p
     assert_same_training(tmp_path / "one" / "changing", tmp_path / "two" / "changing")
 
 
-# ---------------------------------------------------------------------------- side by side
+# ---- side by side
 def alive(session):
     """Processes of a session that have not ended (a zombie has: nobody has asked for it yet)."""
     found = []

@@ -59,7 +59,7 @@ def test_the_loss_is_the_cross_entropy_of_the_solutions(command, tiny_out, task_
     loss = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["loss"]
     tokenizer, lm = load_tokenizer("arithmetic"), LM.from_pretrained(str(tiny_out / "teacher"))
     found = []
-    for prompt, answer in distill.data_of(teacher.parse_args(["--task", task_file]), tokenizer)[0]:
+    for prompt, answer in distill.load_pairs(tokenizer, task_file, None, None, None)[0]:
         with torch.no_grad():
             logits = lm(torch.tensor([prompt + answer]))[0].double().log_softmax(-1)
         found += [-logits[len(prompt) - 1 + i, token].item() for i, token in enumerate(answer)]
