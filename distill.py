@@ -194,12 +194,12 @@ def learning_rate(step, steps, peak):
 
 def make_optimizer(lm, lr):
     """AdamW. Only matrices decay: gains and memory lengths would be pulled to an arbitrary 0."""
-    groups = dict(params=[], weight_decay=0.1), dict(params=[], weight_decay=0.0)
+    matrices, others = dict(params=[], weight_decay=0.1), dict(params=[], weight_decay=0.0)
     for name, parameter in lm.named_parameters():
         if parameter.requires_grad:
             is_matrix = parameter.dim() > 1 and weight_dtype(lm, name, None) is None
-            groups[not is_matrix]["params"].append(parameter)
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+            (matrices if is_matrix else others)["params"].append(parameter)
+    return torch.optim.AdamW([matrices, others], lr=lr, betas=(0.9, 0.95), fused=True)
 
 
 def train(progress, pair, stages, hardware):

@@ -30,6 +30,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import common
 import decode_kernels
 import hub
 import kernels
@@ -481,16 +482,16 @@ def identity_convolution(conv):
 
 def check(config):
     """ValueError for a Config that no model can have. What a mixer cannot take, it says itself."""
-    if len(config.mixers) != config.n_layers:
-        raise ValueError(f"mixers has {len(config.mixers)} entries for n_layers = "
-                         f"{config.n_layers}")
-    if unknown := [mixer for mixer in config.mixers if mixer not in MIXERS]:
-        raise ValueError(f"unknown mixer {unknown[0]!r}: choose from {', '.join(MIXERS)}")
-    if config.n_heads % config.n_kv_heads:
-        raise ValueError(f"n_heads = {config.n_heads} is not a multiple of "
-                         f"n_kv_heads = {config.n_kv_heads}")
-    if config.head_dim % 2:
-        raise ValueError(f"head_dim = {config.head_dim} is odd: RoPE rotates pairs of channels")
+    mixers, heads, kv_heads = config.mixers, config.n_heads, config.n_kv_heads
+    unknown = [mixer for mixer in mixers if mixer not in MIXERS]
+    for wrong, complaint in (
+            (len(mixers) != config.n_layers,
+             f"mixers has {len(mixers)} entries for n_layers = {config.n_layers}"),
+            (unknown, f"unknown mixer {unknown[:1]}: choose from {', '.join(MIXERS)}"),
+            (heads % kv_heads, f"n_heads = {heads} is no multiple of n_kv_heads = {kv_heads}"),
+            (config.head_dim % 2, f"head_dim = {config.head_dim} is odd: RoPE rotates pairs")):
+        if wrong:
+            raise ValueError(complaint)
     rope_frequencies(config)  # refuses an unknown kind of RoPE now, not at the first token
 
 
@@ -504,8 +505,7 @@ def stretched(frequencies, scaling):
     if kind != "llama3":
         raise ValueError(f"unsupported RoPE type {kind!r}: 'default' and 'llama3' are implemented")
     keys = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
-    if missing := [key for key in keys if key not in scaling]:
-        raise ValueError(f"llama3 RoPE scaling lacks {', '.join(missing)}")
+    common.check_fields(scaling, dict.fromkeys(keys, float), "llama3 RoPE scaling")
     factor, low, high, original = (scaling[key] for key in keys)
     turns = original * frequencies / (2 * math.pi)  # full turns within the original context
     kept = ((turns - low) / (high - low)).clamp(0, 1)

@@ -319,11 +319,11 @@ def test_loading_needs_little_more_than_the_weights(make_lm, tmp_path):
 
 @pytest.mark.parametrize("fields, message", [
     (dict(n_layers=2, mixers=["attention"]), "mixers has 1 entries for n_layers = 2"),
-    (dict(n_layers=1, mixers=["rwkv"]), "unknown mixer 'rwkv'.*attention, mamba, mamba2"),
+    (dict(n_layers=1, mixers=["rwkv"]), r"unknown mixer \['rwkv'\].*attention, mamba, mamba2"),
     (dict(head_dim=15), "head_dim = 15 is odd"),
     (dict(n_heads=4, n_kv_heads=3), "n_heads = 4 .* n_kv_heads = 3"),
     (dict(rope_scaling=dict(rope_type="linear", factor=2.0)), "unsupported RoPE type 'linear'"),
-    (dict(rope_scaling=dict(rope_type="llama3", factor=2.0)), "lacks low_freq_factor"),
+    (dict(rope_scaling=dict(rope_type="llama3", factor=2.0)), "RoPE scaling: low_freq_factor is missing"),
 ])
 def test_impossible_configs_are_refused_with_the_values(fields, message):
     with pytest.raises(ValueError, match=message):
@@ -485,7 +485,7 @@ def test_a_student_can_be_a_teacher(make_lm):
 
 
 @pytest.mark.parametrize("mixers, message", [
-    (["mamba"], "1 entries for n_layers = 3"), (["rnn"] * 3, "unknown mixer 'rnn'")])
+    (["mamba"], "1 entries for n_layers = 3"), (["rnn"] * 3, "unknown mixer")])
 def test_impossible_students_are_refused(make_lm, mixers, message):
     with pytest.raises(ValueError, match=message):
         student_from(make_lm(), mixers)
