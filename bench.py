@@ -1,514 +1,298 @@
 """How fast do they decode? A Transformer and its students, in the shapes of real models.
 
-    python bench.py                          random weights; a minute on a laptop
-    python bench.py --shape llama-1b llama-3b --batch 1,64,256 --generate 512,2048
-    python bench.py --ceiling                the most that a student can gain, by bytes alone
-    python bench.py --against FOLDER         a Llama's weights, here and in transformers
-    python bench.py --kernels                the selective scan here and in other packages
+    python bench.py                      random weights; a minute on a laptop
+    python bench.py --shape llama-1b --batch 1,64,256,512 --generate 512,2048,8192   on a GPU
+    python bench.py --ceiling            how much faster a student can be, by bytes alone
+    python bench.py --against FOLDER --batch 16    a Llama's weights, here and in transformers
+    python bench.py --kernels            the selective scan here and in other packages
 
-Writes  out/bench.jsonl, a line per measurement, and out/bench.png: only the first of these jobs
+Writes  out/bench.jsonl, a line for each measured line of a table
 
-What is timed are steps of sample.py, at 8 lengths of the context, after a warm-up: a full batch at
-temperature 0.8, all rows of one length, none of which stops. KV caches and states hold random
-numbers. The models take turns, each alone in memory; their ratio is the median over the turns.
-Prompts are not timed, except with --against, which draws whole texts.
+What is compared takes turns; a speed, and its ratio over the first one's, is their median.
 """
-import datetime
+import copy
 import gc
 import itertools
 import os
-import statistics
 import time
-from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 import kernels
-from common import Parser, choose_device, device_name, json_line, number, replace_file, run
+import sample
+from common import Parser, choose_device, device_name, json_line, number, run
 from decode_kernels import prepare
 from model import LM, Config, cast
-from sample import Batch, advance, choose_tokens
-from sample import generate as draw_texts
 
 
-# ---------------------------------------------------------------------------- shapes
-class Shape(NamedTuple):
-    """A Llama, and the students that are compared with it."""
-    llama: dict  # fields of Config
-    mixer: str  # what replaces attention in the hybrid; in the pure student it is mamba2
-    attention: tuple  # the layers that stay attention in the hybrid
-    pure: dict = {}  # fields in which the pure student differs from the Llama
-
-
-LLAMA_3B = dict(vocab_size=128256, d_model=3072, n_layers=28, n_heads=24, n_kv_heads=8, d_ff=8192)
+# ---- shapes
+LLAMA = dict(vocab_size=128256, n_kv_heads=8, d_ff=8192)
+LLAMA_3B = LLAMA | dict(d_model=3072, n_layers=28, n_heads=24)
 HYBRID_3B = 3, 8, 13, 18, 23, 27  # MambaInLlama's; of its 1B hybrid only the number, 4, is known
-SHAPES = {
-    "tiny": Shape(dict(), "mamba2", (1,)),  # of the built-in experiment
-    "smollm2-135m": Shape(dict(vocab_size=49152, d_model=576, n_layers=30, n_heads=9, n_kv_heads=3,
-                               d_ff=1536), "mamba2", (3, 7, 11, 15, 19, 23, 27)),
-    "llama-1b": Shape(dict(vocab_size=128256, d_model=2048, n_layers=16, n_heads=32, n_kv_heads=8,
-                           d_ff=8192), "mamba", (3, 7, 11, 15)),
-    "llama-3b": Shape(LLAMA_3B, "mamba", HYBRID_3B),
-    "llamba-3b": Shape(LLAMA_3B, "mamba", HYBRID_3B,  # its pure student as Llamba released it
-                       dict(n_heads=32, n_kv_heads=32, head_dim=96, d_state=64)),
-}
+SHAPES = {  # a Llama; the hybrid's mixer, and its layers of attention; where the pure one differs
+    "tiny": (dict(), "mamba2", (1,), {}),  # built-in
+    "smollm2-135m": (dict(vocab_size=49152, d_model=576, n_layers=30, n_heads=9, n_kv_heads=3,
+                          d_ff=1536), "mamba2", (3, 7, 11, 15, 19, 23, 27), {}),
+    "llama-1b": (LLAMA | dict(d_model=2048, n_layers=16, n_heads=32), "mamba", (3, 7, 11, 15), {}),
+    "llama-3b": (LLAMA_3B, "mamba", HYBRID_3B, {}),
+    "llamba-3b": (LLAMA_3B, "mamba", HYBRID_3B,  # the pure student as Llamba released it
+                  dict(n_heads=32, n_kv_heads=32, head_dim=96, d_state=64))}
 PATTERNS = "transformer", "pure", "hybrid"
 
 
 def config_of(shape, pattern):
     """The Config of a shape with attention everywhere, nowhere, or in the hybrid's layers."""
     llama, mixer, attention, pure = SHAPES[shape]
-    config = Config(**llama)
+    layers = range(Config(**llama).n_layers)
     if pattern == "pure":
-        config = Config(**llama | pure, mixers=["mamba2"] * config.n_layers)
-    if pattern == "hybrid":
-        config = Config(**llama, mixers=["attention" if i in attention else mixer
-                                         for i in range(config.n_layers)])
-    return config
+        return Config(**llama | pure, mixers=["mamba2" for _ in layers])
+    kept = layers if pattern == "transformer" else attention
+    return Config(**llama, mixers=["attention" if i in kept else mixer for i in layers])
 
 
-def empty_model(config, dtype):
-    """A model without memory, on the device "meta": its weights and states have sizes only."""
+def empty_models(shape, dtype):
+    """{pattern: model on the device "meta"}: weights and states have sizes, but no memory."""
     with torch.device("meta"):
-        return cast(LM(config), "meta", dtype).eval().requires_grad_(False)
+        return {pattern: cast(LM(config_of(shape, pattern)), "meta", dtype)
+                for pattern in PATTERNS}
 
 
-def random_model(config, device, dtype):
-    """A model with random weights, made in the dtype in which they stay."""
-    lm = empty_model(config, dtype).to_empty(device=device)
-    for parameter in lm.parameters():
-        parameter.normal_(std=0.02)
-    return lm
+# ---- bytes
+def sizes(lm, states=torch.float32):
+    """Bytes of the weights, of a token in a row's caches, and of a row's states of this dtype."""
+    one, two = (lm.init_state(1, length, states).nbytes() for length in (1, 2))
+    return sum(parameter.nbytes for parameter in lm.parameters()), two - one, 2 * one - two
 
 
-def print_cells(name, *cells, width=12):
-    """Print a line of a table: measured numbers with two decimals, None as a dash."""
-    texts = ("-" if cell is None else f"{cell:,.2f}" if isinstance(cell, float) else str(cell)
-             for cell in cells)
-    print(f"{name:18}" + "".join(f" {text:>{width - 1}}" for text in texts), flush=True)
+def bytes_per_token(weights, token, state, rows, prompt, new):
+    """What decoding has to move for each of `new` tokens of a row, on average, given `sizes`.
 
-
-# ---------------------------------------------------------------------------- bytes
-def weight_bytes(lm):
-    """The bytes of a model's weights."""
-    return sum(parameter.nbytes for parameter in lm.parameters())
-
-
-def step_bytes(lm, rows, prompt, new, state_dtype=torch.float32):
-    """What a decoding step has to move, on average over the new tokens.
-
-    Weights are read once, the embedding as the head (all shapes tie them). What grows with a row is
-    read up to its length, and a token of it written; what does not grow is read and written.
-    Activations and logits are not counted.
+    A step reads the weights once for all rows (shapes tie embedding and head), a row's cache up to
+    its length, and its state; it writes a token of the cache and the state.
     """
-    one, two = (lm.init_state(1, length, state_dtype).nbytes() for length in (1, 2))
-    token, fixed = two - one, 2 * one - two
     context = prompt + (new + 1) / 2  # the mean of prompt + 1, ..., prompt + new
-    return weight_bytes(lm) + rows * (context * token + 2 * fixed)
+    return weights / rows + context * token + 2 * state
 
 
-def rows_in(memory, lm, length, state_dtype=torch.float32):
-    """How many rows of `length` tokens fit into so many bytes, beside the weights."""
-    row = lm.init_state(1, length, state_dtype).nbytes()
-    return max(0, int((memory - weight_bytes(lm)) // row))
+def ceilings(shape, batch, prompt, generate, memory):
+    """Yield tokens/s over the Transformer's by bytes alone (and rows: each of `batch`, then what
+    fills `memory` GB); weights and caches in bfloat16, states in 32 or 16 bits.
 
-
-VARIANTS = [("transformer", torch.float32)] + list(
-    itertools.product(("pure", "hybrid"), (torch.float32, torch.bfloat16)))
-
-
-def ceilings(models, rows, prompt, new, memory=None):
-    """[(ratio, rows) of each of VARIANTS]: its tokens/s over the Transformer's, by bytes alone.
-
-    models: {pattern: model}. rows: decoded at a time; None takes as many as fit `memory` bytes.
     Where bytes bind, time is bytes / bandwidth, and the bandwidth drops out of the ratio. With
     thousands of rows arithmetic binds first.
     """
-    counts = [rows or rows_in(memory, models[pattern], prompt + new, dtype)
-              for pattern, dtype in VARIANTS]
-    if not counts[0]:
-        raise ValueError(f"--memory {memory / 1e9:g} does not hold the Transformer's weights and a "
-                         f"row of {prompt} + {new} tokens: give more")
-    speeds = [count / step_bytes(models[pattern], count, prompt, new, dtype)
-              for count, (pattern, dtype) in zip(counts, VARIANTS)]
-    return [(speed / speeds[0], count) for speed, count in zip(speeds, counts)]
-
-
-def print_ceilings(shape, batch, prompt, generate, memory, dtype):
-    """Print the ceilings at every batch, and with as many rows as fit `memory` GB."""
-    print(f"tokens/s over the Transformer's by bytes alone, and rows; in {str(dtype)[6:]}, "
-          f"columns by the dtype of states;\nat every batch, then in {memory:g} GB")
-    print_cells("shape", "tokens", "transformer", *(f"{pattern} {str(kind)[6:]}" for pattern, kind
-                                                    in VARIANTS[1:]), width=17)
     for name in shape:
-        models = {pattern: empty_model(config_of(name, pattern), dtype) for pattern in PATTERNS}
+        models = empty_models(name, torch.bfloat16)
         for rows, new in itertools.product([*batch, None], generate):
-            found = ceilings(models, rows, prompt, new, 1e9 * memory)
-            print_cells(name, f"{prompt}+{new}",
-                        *(f"{ratio:.2f} ({count:,})" for ratio, count in found), width=17)
+            line, moved = dict(shape=name, tokens=f"{prompt}+{new}"), []
+            for model in "transformer", "pure 32", "pure 16", "hybrid 32", "hybrid 16":
+                states = torch.bfloat16 if model.endswith("16") else torch.float32
+                weights, token, state = sizes(models[model.split()[0]], states)
+                fit = (1e9 * memory - weights) // ((prompt + new) * token + state)
+                if fit < 1:
+                    raise ValueError(f"--memory {memory:g} is too small for a row of {name}")
+                count = rows or int(fit)
+                moved.append(bytes_per_token(weights, token, state, count, prompt, new))
+                line[model] = f"{moved[0] / moved[-1]:.2f} ({count})"
+            yield line
 
 
-# ---------------------------------------------------------------------------- decoding on the clock
-POSITIONS, STEPS = 8, 4  # lengths of the context; steps timed at each (8 on a GPU, see sample.py)
-ROOM = 32  # tokens for which there is room behind the last, so that no row is ever done
-MACHINE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # bytes of memory
+# ---- the clock
+def speed_of(tokens, work, *arguments):
+    """Tokens per second of a call that works on so many."""
+    start = time.perf_counter()
+    work(*arguments)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return tokens / (time.perf_counter() - start)
 
 
-def copy_bandwidth(device):
-    """Bytes per second of a large copy, reading and writing counted: the best of some."""
-    source = torch.ones(2 ** 28 if device.type == "cuda" else 2 ** 25, device=device)
-    target, times = torch.empty_like(source), []
-    for _ in range(6):
-        start = time.perf_counter()
-        target.copy_(source)[0].item()  # .item() waits for a GPU
-        times.append(time.perf_counter() - start)
-    return 2 * source.nbytes / min(times)
+def race(runs, repeats, **about):
+    """Yield a dict of `about`, name and speed for each of some runs, which take turns.
+
+    runs: {name: (function that returns tokens per second, *its arguments)}.
+    """
+    turns = np.array([[function(*arguments) for function, *arguments in runs.values()]
+                      for _ in range(repeats)])  # (repeats, runs)
+    for name, speeds, ratios in zip(runs, turns.T, (turns / turns[:, :1]).T):
+        yield {**about, "model": name, "tokens/s": np.median(speeds), "lowest": speeds.min(),
+               "highest": speeds.max(), "ratio": np.median(ratios)}
 
 
-def full_batch(lm, rows, prompt, new):
-    """A Batch of sample.py with room for the texts, all of its rows with a random past."""
-    batch = Batch(lm, rows, prompt + new + ROOM, new + ROOM, (),
-                  lambda logits, u: choose_tokens(logits, u, temperature=0.8))
+# ---- decoding
+POSITIONS, STEPS = 8, 8  # lengths of the context; steps timed at each, on a GPU one visit
+ROOM = 32  # tokens of room behind the last: no row is ever done
+
+
+def full_batch(empty, device, rows, prompt, new):
+    """A Batch of sample.py: random weights, a random past in all rows, room for texts."""
+    lm = copy.deepcopy(empty).requires_grad_(False).to_empty(device=device)
+    for parameter in lm.parameters():
+        parameter.normal_(std=0.02)
+    batch = sample.Batch(prepare(lm), rows, prompt + new + ROOM, new + ROOM, (),
+                         lambda logits, u: sample.choose_tokens(logits, u, temperature=0.8))
     batch.done.fill_(False)
-    for layer in batch.state.layers:
-        for tensor in layer.values():
-            tensor.normal_()
+    for tensor in (tensor for layer in batch.state.layers for tensor in layer.values()):
+        tensor.normal_()
     return batch
 
 
-def time_steps(batch, context):
-    """(mean length of the context, milliseconds per step) of some steps from `context` tokens."""
-    for _ in range(2):  # the first time to warm up: compile, record, touch
+def decode(batch, contexts):
+    """Run STEPS steps from each of these lengths of the context."""
+    for context in contexts:
         batch.state.lengths.fill_(context)
         batch.steps.zero_()
-        steps, start = int(batch.steps[0]), time.perf_counter()  # int() waits for a GPU
-        while steps < STEPS:
-            advance(batch)
-            steps = int(batch.steps[0])
-        seconds = time.perf_counter() - start
-    return context + steps / 2, 1e3 * seconds / steps
-
-
-class Turn(NamedTuple):
-    """What was measured in one turn of a model."""
-    contexts: tuple  # lengths, equally spaced
-    times: tuple  # milliseconds per step at each
-    gigabytes: float | None  # the most in use; None on a CPU
+        while batch.steps[0] < STEPS:
+            sample.advance(batch)
 
 
 @torch.inference_mode()
-def measure(config, device, dtype, rows, prompt, new):
-    """A Turn of a model that is made for it and gone afterwards."""
-    lm, on_gpu = prepare(random_model(config, device, dtype)), device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    batch = full_batch(lm, rows, prompt, new)
-    middles = [prompt + new * (2 * i + 1) // (2 * POSITIONS) for i in range(POSITIONS)]
-    points = [time_steps(batch, max(0, middle - STEPS // 2)) for middle in middles]
-    return Turn(*zip(*points), torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None)
-
-
-def attempt(config, device, dtype, rows, prompt, new):
-    """What measure returns, or None where memory does not suffice.
-
-    On a CPU that is computed: Linux ends a process that takes too much, without an error.
-    """
+def decoding_speed(empty, device, rows, prompt, new):
+    """New tokens per second over a text, of a model alone in memory; nan if it is too large."""
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif rows > rows_in(MACHINE, empty_model(config, dtype), prompt + new + ROOM):
-        return None
+    torch.cuda.empty_cache()
+    contexts = [max(0, prompt + new * (2 * i + 1) // (2 * POSITIONS) - STEPS // 2)
+                for i in range(POSITIONS)]
     try:
-        return measure(config, device, dtype, rows, prompt, new)
+        batch = full_batch(empty, device, rows, prompt, new)
+        decode(batch, contexts[-1:])  # to warm up: compile, record, touch
+        return speed_of(rows * STEPS * POSITIONS, decode, batch, contexts)
     except torch.OutOfMemoryError:
-        return None
+        return np.nan
 
 
-def take_turns(configs, repeats, *rest):
-    """{pattern: its Turns, () if out of memory}, one model after another, `repeats` times."""
-    rounds = [[attempt(config, *rest) for config in configs.values()] for _ in range(repeats)]
-    return {pattern: () if None in turns else turns
-            for pattern, turns in zip(configs, zip(*rounds))}
-
-
-def summary(turns, transformer, rows, copying):
-    """What a line of bench.jsonl says of these Turns; {} if there are none.
-
-    spread: slowest less fastest, over the median; ratio: how many times as fast as the Transformer;
-    of_copy: `copying`, seconds in which a copy moves the bytes of a step, over a step's.
-    """
-    if not turns:
-        return {}
-    steps = [statistics.mean(turn.times) for turn in turns]
-    ratios = [statistics.mean(turn.times) / step for turn, step in zip(transformer, steps)]
-    ms = statistics.median(steps)
-    return dict(tokens_per_second=1e3 * rows / ms, ms_per_step=ms, of_copy=1e3 * copying / ms,
-                spread=(max(steps) - min(steps)) / ms,
-                ratio=statistics.median(ratios) if ratios else None,
-                gigabytes=turns[-1].gigabytes, contexts=turns[0].contexts,
-                ms_at_contexts=[statistics.median(t) for t in zip(*(t.times for t in turns))])
-
-
-def measure_group(shape, rows, prompt, new, device, dtype, repeats, bandwidth):
-    """Yield a line of bench.jsonl for each model of a shape, at one batch and length."""
-    configs = {pattern: config_of(shape, pattern) for pattern in PATTERNS}
-    turns = take_turns(configs, repeats, device, dtype, rows, prompt, new)
-    for pattern, config in configs.items():
-        copying = step_bytes(empty_model(config, dtype), rows, prompt, new) / bandwidth
-        yield dict(shape=shape, batch=rows, prompt=prompt, generate=new, pattern=pattern,
-                   out_of_memory=not turns[pattern], repeats=repeats, dtype=str(dtype)[6:],
-                   device=device_name(device), date=datetime.date.today().isoformat(),
-                   **summary(turns[pattern], turns["transformer"], rows, copying))
-
-
-# Okabe and Ito's colours, which stay apart with any colour blindness; markers differ too
-LOOKS = dict(transformer=("#0072B2", "o"), pure=("#D55E00", "s"), hybrid=("#009E73", "^"))
-
-
-def draw(rows):
-    """A figure: for every shape, at the longest texts, the ratio against the batch; and the time of
-    a step against the context, at the largest batch that has a ratio."""
-    from matplotlib.figure import Figure
-    shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    figure = Figure(figsize=(10, 3.8 * len(shapes)), layout="constrained")
-    for shape, (left, right) in zip(shapes, figure.subplots(len(shapes), 2, squeeze=False)):
-        rated = [row for row in rows if row["shape"] == shape and row.get("ratio")]
-        new = max((row["generate"] for row in rated), default=0)
-        batch = max((row["batch"] for row in rated), default=0)
-        for pattern, (colour, marker) in LOOKS.items():
-            look = dict(color=colour, marker=marker, label=pattern)
-            line = [row for row in rated if (row["pattern"], row["generate"]) == (pattern, new)]
-            left.plot([row["batch"] for row in line], [row["ratio"] for row in line], **look)
-            for row in (row for row in line if row["batch"] == batch):
-                right.plot(row["contexts"], row["ms_at_contexts"], **look)
-        left.set(title=shape, xlabel=f"rows decoded at a time, {new:,} new tokens",
-                 ylabel="tokens/s over the Transformer's")
-        left.set_xscale("log", base=2)
-        left.xaxis.set_major_formatter("{x:,.0f}")
-        right.set(xlabel=f"tokens in the context, {batch:,} rows", ylabel="milliseconds per step")
-        left.set_ylim(0)
-        right.set_ylim(0)
-        left.legend(frameon=False)
-    figure.supxlabel(f"{rows[0]['device']}, {rows[0]['dtype']}, random weights", fontsize=9)
-    return figure
-
-
-def bench_decoding(shape, batch, prompt, generate, repeats, out, device, dtype):
-    """Measure all shapes, batches and lengths: a table, lines of bench.jsonl, and a figure."""
-    bandwidth, lines, path = copy_bandwidth(device), [], os.path.join(out, "bench.jsonl")
-    os.makedirs(out, exist_ok=True)
-    print(f"copying moves {bandwidth / 1e9:.3g} GB/s; lines go to {path}")
-    shown = "tokens_per_second", "ms_per_step", "spread", "ratio", "of_copy", "gigabytes"
-    print_cells("shape", "rows", "tokens", "model", "tokens/s", *shown[1:])
+def bench_decoding(shape, batch, prompt, generate, repeats, device, dtype):
+    """Yield speeds of new tokens, the ratio's ceiling by bytes, and GB/s of what has to move."""
     for name, rows, new in itertools.product(shape, batch, generate):
-        for line in measure_group(name, rows, prompt, new, device, dtype, repeats, bandwidth):
-            lines.append(line)
-            with open(path, "ab") as f:
-                f.write(json_line(line))
-            found = ([line.get(key) for key in shown] if not line["out_of_memory"] else
-                     ["out of memory"])
-            print_cells(name, rows, f"{prompt}+{new}", line["pattern"], *found)
-    path = os.path.join(out, "bench.png")
-    replace_file(path, lambda temporary: draw(lines).savefig(temporary, format="png", dpi=150))
-    print(f"wrote {path}")
+        models = empty_models(name, dtype)
+        moved = [bytes_per_token(*sizes(lm), rows, prompt, new) for lm in models.values()]
+        runs = {pattern: (decoding_speed, lm, device, rows, prompt, new)
+                for pattern, lm in models.items()}
+        lines = race(runs, repeats, shape=name, batch=rows, prompt=prompt, generate=new)
+        for line, mine in zip(lines, moved):
+            yield line | {"ceiling": moved[0] / mine, "GB/s": line["tokens/s"] * mine / 1e9}
 
 
-# ---------------------------------------------------------------------------- against transformers
-def run_ours(lm, prompts, new):
-    """Draw `new` tokens after each of the prompts (B, L); how many that were in all."""
-    return sum(len(c.tokens) for c in draw_texts(
-        lm, prompts.tolist(), max_new_tokens=new, batch_size=len(prompts), temperature=0.8))
-
-
-@torch.inference_mode()
-def run_theirs(model, prompts, new):
-    """The same by transformers; on a GPU with its static cache, whose step it compiles."""
-    cache = dict(cache_implementation="static") if prompts.is_cuda else {}
-    texts = model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=True,
-                           temperature=0.8, top_k=0, top_p=1.0, max_new_tokens=new,
-                           min_new_tokens=new, eos_token_id=None, pad_token_id=0, **cache)
-    return texts[:, prompts.shape[1]:].cpu().numel()  # .cpu() waits for a GPU
-
-
-def load_theirs(folder, device, dtype):
-    """The model of a folder in transformers. ValueError if that is not there, or cannot run it."""
-    try:
-        import transformers
-    except ImportError:
-        raise ValueError("--against compares with the package transformers: "
-                         "pip install transformers") from None
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, output_loading_info=True)
-    if strange := sorted({*info["missing_keys"], *info["unexpected_keys"]}):
-        raise ValueError(f"--against {folder} is not a Llama that transformers can run: it lacks, "
-                         f"or has no use for, {strange[0]}")
-    model.generation_config.eos_token_id = None
-    return model.to(device).eval()
-
-
+# ---- against transformers
 def bench_against(against, batch, prompt, generate, repeats, device, dtype):
-    """Print tokens/s of whole texts of the Llama in a folder, ours and transformers', in turns."""
-    lm = prepare(LM.from_pretrained(against, device, dtype).eval())
-    runs = dict(ours=(run_ours, lm), theirs=(run_theirs, load_theirs(against, device, dtype)))
-    print_cells("tokens/s", "rows", "tokens", "median", "least", "most")
+    """Yield speeds of a Llama's texts, prompts included, in transformers and here."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+    ours = prepare(LM.from_pretrained(against, device, dtype))
+    if set(ours.config.mixers) != {"attention"}:
+        raise ValueError(f"--against {against} is not a Llama, which transformers could run")
+    theirs = AutoModelForCausalLM.from_pretrained(against, dtype=dtype).to(device).eval()
     for rows, new in itertools.product(batch, generate):
-        prompts = torch.randint(lm.config.vocab_size, (rows, prompt), device=device)
-        speeds = dict(ours=[], theirs=[])
-        for turn in range(repeats + 1):
-            for name, (run_texts, model) in runs.items():
-                start = time.perf_counter()
-                count = run_texts(model, prompts, new)
-                if turn:  # the first one warms up and compiles
-                    speeds[name].append(count / (time.perf_counter() - start))
-        speeds["ratio"] = [ours / theirs for ours, theirs in zip(*speeds.values())]
-        for name, found in speeds.items():
-            print_cells(name, rows, f"{prompt}+{new}", statistics.median(found), min(found),
-                        max(found))
+        prompts = torch.randint(1, ours.config.vocab_size, (rows, prompt), device=device)
+        theirs.generation_config = GenerationConfig(  # without eos, no text stops
+            do_sample=True, temperature=0.8, top_k=0, max_new_tokens=new, pad_token_id=0,
+            cache_implementation="static" if device.type == "cuda" else None)
+
+        def our_texts():
+            return list(sample.generate(ours, prompts.tolist(), max_new_tokens=new,
+                                        temperature=0.8, batch_size=rows))
+        runs = {"transformers": (speed_of, rows * new, theirs.generate, prompts),
+                "ours": (speed_of, rows * new, our_texts)}
+        list(race(runs, 1))  # to warm up
+        yield from race(runs, repeats, batch=rows, prompt=prompt, generate=new)
 
 
-# ---------------------------------------------------------------------------- kernels and peers
-# Each takes our inputs and returns a selective scan and what to call it with.
-def our_scan(inputs):
-    """Our selective scan, with the arguments of all peers."""
-    return lambda **inputs: kernels.selective_scan(**inputs, dt_softplus=True)[0], inputs
-
-
-def mamba_ssm_scan(inputs):  # Gu & Dao's own
-    """mamba_ssm's scan: channels first, no first state."""
+# ---- kernels and peers
+def mamba_ssm_scan(x, dt, A, B, C, D, z, dt_bias):
+    """Gu and Dao's: channels first."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-
-    def scan(x, dt, A, B, C, D, z, dt_bias):
-        x, dt, z = (u.transpose(1, 2).contiguous() for u in (x, dt, z))  # (B, D, L)
-        B, C = (u.permute(0, 2, 3, 1).contiguous() for u in (B, C))  # (B, G, N, L)
-        return selective_scan_fn(x, dt, A, B, C, D, z, dt_bias, delta_softplus=True).transpose(1, 2)
-    return scan, inputs
+    x, dt, z = (u.transpose(1, 2).contiguous() for u in (x, dt, z))  # (B, D, L)
+    B, C = (u.permute(0, 2, 3, 1).contiguous() for u in (B, C))  # (B, G, N, L)
+    return selective_scan_fn(x, dt, A, B, C, D, z, dt_bias, delta_softplus=True).transpose(1, 2)
 
 
-def mambapy_scan(inputs):  # as in its MambaBlock.selective_scan; PyTorch only, one group
-    """mambapy's parallel scan, as its MambaBlock uses it."""
+def mambapy_scan(x, dt, A, B, C, D, z, dt_bias):
+    """mambapy's, in PyTorch, as its MambaBlock.selective_scan uses it; one group."""
     from mambapy.pscan import pscan
-
-    def scan(x, dt, A, B, C, D, z, dt_bias):
-        dt = F.softplus(dt + dt_bias)  # (B, L, D)
-        h = pscan(torch.exp(dt[..., None] * A), (dt * x)[..., None] * B.float())  # (B, L, D, N)
-        y = (h @ C[:, :, 0, :, None].float())[..., 0] + D * x  # (B, L, D)
-        return (y * F.silu(z)).to(x.dtype)
-    return scan, inputs
+    dt = F.softplus(dt + dt_bias)  # (B, L, D)
+    h = pscan(torch.exp(dt[..., None] * A), (dt * x)[..., None] * B.float())  # (B, L, D, N)
+    y = (h @ C[:, :, 0, :, None].float())[..., 0] + D * x  # (B, L, D)
+    return (y * F.silu(z)).to(x.dtype)
 
 
-def transformers_layer(inputs):  # the whole layer: it does not offer its scan alone
-    """transformers' whole Mamba layer: its loop can't be called alone."""
-    from transformers.models.mamba.modeling_mamba import MambaConfig, MambaMixer
-    x, (channels, d_state) = inputs["x"], inputs["A"].shape
-    layer = MambaMixer(MambaConfig(hidden_size=channels, intermediate_size=channels, expand=1,
-                                   state_size=d_state), layer_idx=0).to(x.device, x.dtype)
-
-    def whole_layer(x, **weights):
-        return torch.func.functional_call(layer, weights, x)
-    return whole_layer, dict(x=x, **dict(layer.named_parameters()))
-
-
-PEERS = {"ours": our_scan, "mamba_ssm": mamba_ssm_scan, "mambapy": mambapy_scan,
-         "transformers layer": transformers_layer}
+SCANS = dict(ours=lambda **inputs: kernels.selective_scan(**inputs, dt_softplus=True)[0],
+             mamba_ssm=mamba_ssm_scan, mambapy=mambapy_scan)
 
 
 def bench_kernels(shape, batch, prompt, repeats, device, dtype):
-    """Print milliseconds of the selective scan, forward and backward, and of what is installed.
-
-    error: the largest in y and all gradients, over the largest entry of ours.
-    """
+    """Yield speeds of selective scans, forward and backward, N = 16, and the largest difference of
+    y and all gradients from ours."""
     for name, rows in itertools.product(shape, batch):
-        config = config_of(name, "transformer")
-        inputs = kernels.random_inputs(rows, prompt, config.n_heads * config.head_dim, 16, dtype,
-                                       device)["selective_scan"]
+        channels, found = config_of(name, "transformer").d_model, {}
+        inputs = kernels.random_inputs(rows, prompt, channels, 16, dtype, device)["selective_scan"]
         del inputs["h0"]  # mamba_ssm's state starts at zero
-        calls, results, times = {}, {}, {peer: [] for peer in PEERS}
-        for peer, make in PEERS.items():
+        for peer, scan in SCANS.items():
             try:
-                calls[peer] = make(inputs)
-                results[peer] = kernels.values_and_gradients(*calls[peer])  # a warm-up too
+                found[peer] = kernels.values_and_gradients(scan, inputs)  # warms up, too
             except ImportError:
                 print(f"{peer} is not installed")
-        for _, peer in itertools.product(range(repeats), calls):
-            times[peer].append(kernels.milliseconds(*calls[peer]))
-        print_cells(name, "rows", "tokens", "ms", "over ours", "error")
-        for peer, (_, theirs) in calls.items():
-            ms, ours = (statistics.median(times[key]) for key in (peer, "ours"))
-            error = kernels.largest_error(results[peer], results["ours"]) if theirs is inputs else 0
-            print_cells(peer, rows, prompt, ms, ms / ours, f"{error:.0e}" if error else None)
+        runs = {peer: (speed_of, rows * prompt, kernels.values_and_gradients, SCANS[peer], inputs)
+                for peer in found}
+        lines = race(runs, repeats, shape=name, batch=rows, prompt=prompt)
+        for line, result in zip(lines, found.values()):
+            yield line | {"error": f"{kernels.largest_error(result, found['ours']):.0e}"}
 
 
-# ---------------------------------------------------------------------------- the script
-JOBS = {  # name: its function; the options it takes, with defaults; those that are others on a GPU
-    "decoding": (bench_decoding,
-                 dict(shape=["tiny"], batch=[1, 16, 128], prompt=128, generate=[256, 1024],
-                      repeats=3, out="out", device=None, dtype=None),
-                 dict(shape=["llama-1b"], batch=[1, 16, 64, 256, 512], prompt=512,
-                      generate=[512, 2048, 8192])),
-    "ceiling": (print_ceilings,
-                dict(shape=["llama-1b", "llama-3b", "llamba-3b"], batch=[128, 512], prompt=512,
-                     generate=[512, 2048, 8192], memory=80, dtype="bfloat16"), {}),
-    "against": (bench_against,
-                dict(against=None, batch=[16], prompt=60, generate=[128], repeats=3, device=None,
-                     dtype=None), dict(prompt=512, generate=[512])),
-    "kernels": (bench_kernels,
-                dict(shape=["tiny"], batch=[8], prompt=256, repeats=3, device=None, dtype=None),
-                dict(shape=["llama-1b"], prompt=2048))}
-
-
+# ---- the script
 def numbers(text):
-    """An argparse type: whole numbers from 1, with commas between them."""
+    """An argparse type: whole numbers with commas between them."""
     return [number(1, 10 ** 7)(part) for part in text.split(",")]
 
 
-def listed(options):
-    """Options with their values, as --help shows them."""
-    return ", ".join(f"{name} {value}" for name, value in options.items() if value)
-
-
 def parse_args(argv=None):
-    """(the job, {option: value} of what was given)."""
     parser = Parser(__doc__)
-    parser.epilog = "defaults:\n" + "\n".join(
-        f"  {job:10}{listed(defaults)}" + f"\n{'on a GPU':>20}: {listed(on_gpu)}" * bool(on_gpu)
-        for job, (_, defaults, on_gpu) in JOBS.items())
     add = parser.add_argument_group("job").add_mutually_exclusive_group().add_argument
-    add("--against", metavar="FOLDER", help="whole texts of a Llama, here and in transformers")
-    add("--ceiling", dest="job", action="store_const", const="ceiling", help="what bytes allow")
-    add("--kernels", dest="job", action="store_const", const="kernels", help="scan and gradients")
+    add("--against", metavar="FOLDER", help="texts of a Llama, here and in transformers")
+    add("--ceiling", action="store_true", help="what bytes allow; runs nothing")
+    add("--kernels", action="store_true", help="selective scans, with gradients")
     add = parser.add_argument_group("sizes").add_argument
-    add("--shape", nargs="+", choices=SHAPES, metavar="NAME", help=", ".join(SHAPES))
-    add("--batch", type=numbers, metavar="N,N", help="rows at a time")
-    add("--prompt", type=number(1, 10 ** 7), help="tokens before the new ones; all of a scan's")
-    add("--generate", type=numbers, metavar="N,N", help="new tokens")
-    add("--repeats", type=number(1, 1000), help="turns, whose median counts")
-    add("--memory", type=number(1e-3, 1e6, float), metavar="GB", help="for weights and rows")
-    add = parser.add_argument_group("where").add_argument
-    add("--out", help="lines go to OUT/bench.jsonl")
+    add("--shape", nargs="+", choices=SHAPES, metavar="NAME",
+        help=f"{', '.join(SHAPES)}; default: tiny, for --ceiling the last three")
+    add("--batch", type=numbers, default="1,16,128", help="rows at a time")
+    add("--prompt", type=number(1, 10 ** 7), default=128, help="tokens before the new ones")
+    add("--generate", type=numbers, default="256,1024", help="new tokens")
+    add("--memory", type=number(1, 1e6), default=80, help="GB, to be filled by --ceiling")
+    add = parser.add_argument_group("where and how often").add_argument
+    add("--repeats", type=number(1, 1000), default=3, help="turns")
     add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda, else float32")
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items()
-             if value is not None}
-    job = "against" if "against" in given else given.pop("job", "decoding")
-    takes = JOBS[job][1]
-    if strange := sorted(given.keys() - takes.keys()):
-        parser.error(f"--{strange[0]} is not for this job: {job} takes --{', --'.join(takes)}")
-    return job, given
+    add("--out", default="out", help="lines go to OUT/bench.jsonl")
+    return parser.parse_args(argv)
+
+
+def report(lines, path, **about):
+    """Print dicts as a table while they come; append them, and what is `about` all, to a file."""
+    for i, line in enumerate(lines):
+        cells = [f"{u:,.2f}" if isinstance(u, float) else u for u in line.values()]
+        for row in [cells] if i else [line, cells]:
+            print("".join(f"{cell:>14}" for cell in row), flush=True)
+        with open(path, "ab") as f:
+            f.write(json_line(about | {k: None if v != v else v for k, v in line.items()}))
 
 
 def main(argv=None):
-    job, given = parse_args(argv)
-    function, defaults, on_gpu = JOBS[job]
-    options = defaults | given
-    if "device" in options:
-        device, dtype = choose_device(options["device"], options["dtype"])
-        options = defaults | (on_gpu if device.type == "cuda" else {}) | given
-        options |= dict(device=device, dtype=dtype)
-    else:  # nothing is run
-        options["dtype"] = getattr(torch, options["dtype"])
-    function(**options)
+    args = parse_args(argv)
+    sizes = args.batch, args.prompt, args.generate
+    if args.ceiling:
+        return report(ceilings(args.shape or list(SHAPES)[-3:], *sizes, args.memory), os.devnull)
+    device, dtype = choose_device(args.device, args.dtype)
+    shape, where = args.shape or ["tiny"], (args.repeats, device, dtype)
+    if args.against:
+        lines = bench_against(args.against, *sizes, *where)
+    elif args.kernels:
+        lines = bench_kernels(shape, args.batch, args.prompt, *where)
+    else:
+        lines = bench_decoding(shape, *sizes, *where)
+    os.makedirs(args.out, exist_ok=True)
+    report(lines, os.path.join(args.out, "bench.jsonl"), device=device_name(device),
+           dtype=str(dtype)[6:], date=time.strftime("%F"))
 
 
 if __name__ == "__main__":
-    run(main, "--batch")
+    run(main, "--batch", resumes=False)

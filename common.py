@@ -1,81 +1,77 @@
-"""What every script shares: one-line errors, options and their checks, JSON, files that are
-replaced whole, the identity of a run, locks, and the device. Nothing here is about models; torch is
-imported only where it is needed.
-
-    run(main)                                     a user's mistake ends in one line and exit code 2
-    read_json(path), read_jsonl(path, fields)     the only readers: they name file, line and field
-    write_json(path, value)                       under a temporary name first
-    same_settings(path, settings, begun)          refuses to mix two different runs in one file
+"""What every script shares: errors in one line, options and their checks, JSON, files that are
+replaced whole, the identity of a run, locks, the device. Nothing here is about models; torch is
+imported where it is needed.
 """
 import argparse
 import contextlib
 import fcntl
 import json
 import os
-import platform
 import re
 import signal
 import sys
 import zlib
+from pathlib import Path
 
 
-# ---------------------------------------------------------------------------- errors in one line
+# ---- errors in one line
 def first_line(error):
-    """The first line of what an exception says, or its name."""
+    """The first line of an exception's text, or its name."""
     return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
-def run(main, lower="the batch", child=False):
-    """Run a script's main: a user's mistake is one line and exit code 2.
+def run(main, lower="the batch", child=False, resumes=True):
+    """Run a script's main: a user's mistake ends in one line and exit code 2.
 
-    `lower` is the option to name when memory runs out. A child's parent says what is to be said
-    about an interruption.
+    lower: the option to name when memory runs out. child: its parent ends it and reports.
+    resumes: after an interruption, the same command goes on.
     """
-    script = os.path.basename(sys.argv[0])
-
     def stop(signum, frame):
         raise SystemExit(128 + signum)
     signal.signal(signal.SIGTERM, stop)
-    # a shell starts background jobs that ignore Ctrl-C; a child is ended by its parent
+    # else a shell's background jobs ignore Ctrl-C
     signal.signal(signal.SIGINT, signal.SIG_IGN if child else signal.default_int_handler)
     try:
-        main()
-    except (ValueError, OSError) as error:
-        raise SystemExit(complain(script, " ".join(str(error).split()))) from None
+        return main()
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        code = complain(" ".join(str(error).split()))
     except RuntimeError as error:
-        if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+        if not re.search("out of memory|can't allocate memory", str(error)):
             raise
-        raise SystemExit(complain(script, f"out of memory: lower {lower}")) from None
-    except (KeyboardInterrupt, SystemExit) as end:
-        code = 130 if isinstance(end, KeyboardInterrupt) else end.code
-        if code in (130, 143) and not child:
-            print("\ninterrupted: run the same command again to go on", file=sys.stderr)
-        raise SystemExit(code) from None
+        code = complain(f"out of memory: lower {lower}")
+    except KeyboardInterrupt:
+        code = 130
+    except SystemExit as end:
+        code = end.code
+    if code in (130, 143) and not child:
+        advice = ": run the same command again to go on" if resumes else ""
+        print(f"\ninterrupted{advice}", file=sys.stderr)
+    raise SystemExit(code)
 
 
-def complain(script, message):
-    """Print the one line of a user's mistake; its exit code, 2."""
-    print(f"{script}: error: {message}", file=sys.stderr, flush=True)
+def complain(message):
+    """Print a mistake in one line; exit code 2."""
+    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
     return 2
 
 
-# ---------------------------------------------------------------------------- options
+# ---- options
 class Parser(argparse.ArgumentParser):
-    """argparse whose --help shows the script's docstring and all defaults, with one-line errors."""
+    """argparse with one-line errors, whose --help shows the script's docstring and all defaults."""
 
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=Help)
 
     def error(self, message):
-        raise SystemExit(complain(self.prog, f"{message} (see --help)"))
+        raise SystemExit(complain(f"{message} (see --help)"))
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of a docstring, and shows the defaults that say something."""
+    """Keeps the docstring's lines; leaves out the defaults None, False and []."""
 
-    def _get_help_string(self, action):  # no "(default: None)", "(default: False)", "(default: [])"
-        plain = action.default in (None, []) or action.default is False
-        return action.help if plain else super()._get_help_string(action)
+    def _get_help_string(self, action):
+        empty = action.default in (None, []) or action.default is False  # 0 is a default
+        return action.help if empty else super()._get_help_string(action)
 
 
 def number(least, most=10 ** 12, kind=int):
@@ -84,8 +80,8 @@ def number(least, most=10 ** 12, kind=int):
         try:
             value = kind(text)
         except ValueError:
-            what = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {what}") from None
+            whole = "whole " if kind is int else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number") from None
         if not least <= value <= most:  # refuses nan too
             raise argparse.ArgumentTypeError(f"{text} is out of range, {least:g} to {most:g}")
         return value
@@ -93,16 +89,16 @@ def number(least, most=10 ** 12, kind=int):
 
 
 def folder_name(text):
-    """An argparse type: a name that is one part of a path, so that nothing is written elsewhere."""
+    """An argparse type: a name that is one part of a path."""
     if text in ("", ".", "..") or any(c in text for c in "/\\\0") or text.endswith(".tmp"):
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a plain name: no '/', not '.' or '..', no '.tmp' at its end")
     return text
 
 
-# ---------------------------------------------------------------------------- JSON
+# ---- JSON
 def parse_json(content, where, kind=dict):
-    """The JSON value in some bytes, a dict or what `kind` says; ValueError says `where` not."""
+    """The value in some bytes of JSON, of this kind, dict or list; ValueError says where not."""
     def refuse(constant):
         raise ValueError(f"{constant} is not JSON")
     try:
@@ -110,62 +106,60 @@ def parse_json(content, where, kind=dict):
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not readable JSON: {first_line(error)}") from None
     if not isinstance(value, kind):
-        expected = "an object {...}" if kind is dict else "a list [...]"
+        expected = "an object" if kind is dict else "a list"
         raise ValueError(f"{where} holds {json.dumps(value)[:60]}, expected {expected}")
     return value
 
 
 def read_json(path, kind=dict):
-    """The value of a JSON file, a dict or whatever `kind` says. ValueError names the file."""
-    with open(path, "rb") as f:
-        return parse_json(f.read(), path, kind)
+    """The value in a JSON file, of this kind, dict or list; ValueError names the file."""
+    return parse_json(Path(path).read_bytes(), path, kind)
+
+
+MOST = sys.float_info.max
+FIELDS = {str: ("text", lambda v: type(v) is str),
+          int: ("a whole number, 0 or more", lambda v: type(v) is int and 0 <= v <= MOST),
+          float: ("a finite number", lambda v: type(v) in (int, float) and abs(v) <= MOST)}
 
 
 def check_fields(record, fields, where):
-    """ValueError unless a record has the fields {name: str, int (0 or more) or float (finite)}."""
-    most = sys.float_info.max
-    checks = {str: ("text", lambda v: isinstance(v, str)),
-              int: ("a whole number, 0 or more", lambda v: type(v) is int and 0 <= v <= most),
-              float: ("a finite number", lambda v: type(v) in (int, float) and abs(v) <= most)}
+    """ValueError unless a record has these fields, {name: one of FIELDS}."""
     for name, kind in fields.items():
-        expected, fits = checks[kind]
+        expected, fits = FIELDS[kind]
         if not fits(record.get(name)):
             found = f"is {json.dumps(record[name])[:40]}" if name in record else "is missing"
             raise ValueError(f"{where}: {name} {found}, expected {expected}")
 
 
 def json_lines(path, torn=False):
-    """("path, line n", dict) of each line of a .jsonl file that is not blank; none without a file.
+    """Yield ("path, line n", dict) for each line of a .jsonl file that isn't blank, if it exists.
 
-    torn: a last line without an end was cut off by a kill, and is left out.
+    torn: leave out a last line without an end, which a kill cut off.
     """
     if not os.path.exists(path):
         return
-    with open(path, "rb") as f:
-        lines = f.read().split(b"\n")
-    for line_number, line in enumerate(lines[:-1] if torn else lines, 1):
+    lines = Path(path).read_bytes().split(b"\n")
+    for i, line in enumerate(lines[:-1] if torn else lines, 1):
         if line.strip():
-            where = f"{path}, line {line_number}"
-            yield where, parse_json(line, where)
+            yield f"{path}, line {i}", parse_json(line, f"{path}, line {i}")
 
 
 def read_jsonl(path, fields=(), torn=False):
-    """The dicts of json_lines as a list, each with these fields (see check_fields)."""
-    records = []
-    for where, record in json_lines(path, torn):
+    """The dicts of json_lines in a list, each with these fields {name: str, int or float}."""
+    lines = list(json_lines(path, torn))
+    for where, record in lines:
         check_fields(record, dict(fields), where)
-        records.append(record)
-    return records
+    return [record for _, record in lines]
 
 
 def json_line(record):
-    """A record as a line of a .jsonl file, in bytes: to be appended with one write."""
+    """A record as a line of a .jsonl file: bytes, to be appended with one write."""
     return (json.dumps(record) + "\n").encode()
 
 
-# ---------------------------------------------------------------------------- files and runs
+# ---- files and runs
 def replace_file(path, write):
-    """Call write(temporary path), then rename: readers see the old file or the new one, whole."""
+    """Call write(temporary path), then rename: readers see the old file or the new one."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
@@ -178,36 +172,32 @@ def replace_file(path, write):
 
 def write_bytes(path, content):
     """Replace a file by these bytes."""
-    def write(temporary):
-        with open(temporary, "wb") as f:
-            f.write(content)
-    replace_file(path, write)
+    replace_file(path, lambda temporary: Path(temporary).write_bytes(content))
 
 
 def write_json(path, value):
-    """Replace a file by this value; NaN and infinity, which are not JSON, are a ValueError."""
+    """Replace a file by this value as JSON, which has no NaN and infinity: ValueError."""
     write_bytes(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
 def crc(content):
-    """CRC-32 of a text or of bytes, as 8 hexadecimal digits: tells one content from another."""
-    content = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+    """CRC-32 of a text or of bytes, 8 hexadecimal digits."""
+    if isinstance(content, str):
+        content = content.encode("utf-8", "surrogatepass")
     return f"{zlib.crc32(content):08x}"
 
 
 def same_settings(path, settings, begun):
-    """ValueError names each setting in which a run differs from that whose settings are in `path`.
+    """ValueError names each setting in which a run differs from the one recorded in `path`.
 
-    A run that has not `begun`, that completed neither a step nor a record, refuses nobody.
+    begun: whether that one completed a step or a record; if not, nothing is compared.
     """
     if not begun:
         return
-    old = read_json(path)
+    old, new = read_json(path), json.loads(json.dumps(settings))  # tuples become lists
     old = old.get("settings", old)
-    settings = json.loads(json.dumps(settings))  # as they would be read: tuples are lists
-    differ = [f"{name} = {old.get(name)!r} there, {settings.get(name)!r} now"
-              for name in sorted(old.keys() | settings.keys())
-              if old.get(name) != settings.get(name)]
+    differ = [f"{name} = {old.get(name)!r} there, {new.get(name)!r} now"
+              for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     if differ:
         raise ValueError(f"{path} is of a run with other settings ({'; '.join(differ)}): "
                          f"rerun with those, choose another --out, or delete that folder")
@@ -215,13 +205,13 @@ def same_settings(path, settings, begun):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Only one process at a time works in a folder; another one is refused in one line."""
+    """One process works in a folder at a time: ValueError for another."""
     os.makedirs(folder, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for name in os.listdir(folder):
-            if re.search(r"\.\d+\.tmp$", name):  # half a file of a process that was killed
+            if re.search(r"\.\d+\.tmp$", name):  # half a file of a killed process
                 os.remove(os.path.join(folder, name))
         yield
     except BlockingIOError:
@@ -233,32 +223,29 @@ def locked(folder):
 
 def find_models(out):
     """Folders of the finished checkpoints under `out`: the teacher first, then by name."""
-    names = sorted(os.listdir(out)) if os.path.isdir(out) else []
-    folders = [os.path.join(out, name) for name in sorted(names, key=lambda name: name != "teacher")
-               if not name.endswith(".tmp")
-               and os.path.isfile(os.path.join(out, name, "config.json"))]
-    if not folders:
+    names = [name for name in (os.listdir(out) if os.path.isdir(out) else ())
+             if not name.endswith(".tmp") and os.path.isfile(f"{out}/{name}/config.json")]
+    if not names:
         raise ValueError(f"no models under {out}/: run python distill.py first, "
                          f"or name one with --model")
-    return folders
+    return [os.path.join(out, name)
+            for name in sorted(names, key=lambda name: (name != "teacher", name))]
 
 
-# ---------------------------------------------------------------------------- device
+# ---- device
 def choose_device(device=None, dtype=None):
-    """(torch.device, torch.dtype): as asked for, else cuda in bfloat16, else cpu in float32.
-
-    Prints both with the reason. GPUs before Ampere only emulate bfloat16: float32 there.
-    """
+    """(torch.device, torch.dtype), printed with the reason: as asked for, else cuda in bfloat16 (in
+    float32 before Ampere, which only emulates it), else cpu in float32."""
     import torch
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda was asked for, but PyTorch finds no GPU here: "
                          "use --device cpu or leave it out")
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     half = chosen.type == "cuda" and torch.cuda.get_device_capability()[0] >= 8
-    kind = dtype or ("bfloat16" if half else "float32")
+    name = dtype or ("bfloat16" if half else "float32")
     print(f"device: {device_name(chosen)} ({'asked for' if device else 'chosen automatically'}), "
-          f"dtype: {kind} ({'asked for' if dtype else 'the default there'})", flush=True)
-    return chosen, getattr(torch, kind)
+          f"dtype: {name} ({'asked for' if dtype else 'the default there'})", flush=True)
+    return chosen, getattr(torch, name)
 
 
 def device_name(device):
@@ -266,9 +253,7 @@ def device_name(device):
     import torch
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
-    name = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as f:
-            lines = [line.split(":", 1)[1].strip() for line in f if line.startswith("model name")]
-        name = lines[0] if lines else name
-    return f"cpu ({name}, {torch.get_num_threads()} threads)"
+    names = [os.uname().machine]
+    with contextlib.suppress(OSError):
+        names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) or names
+    return f"cpu ({names[0]}, {torch.get_num_threads()} threads)"

@@ -6,17 +6,17 @@
 """
 import base64
 import itertools
-import json
-import os
 import random
 import re
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import tiktoken
 
 import hub
-from common import json_lines, read_json, write_json
+from common import check_fields, json_lines, read_json, write_json
+from hub import HUB, naming, require
 
 
 @dataclass(frozen=True)
@@ -28,26 +28,22 @@ class Problem:
     solution: str  # a worked solution that ends in the answer, for training; "" if there is none
 
 
-# ---------------------------------------------------------------------------- the built-in task
+# ---- the built-in task
 # One real example; 2.7) means that two rounds and seven additions are left:
 #
 #   In each of 2 rounds do +7 7 times, then x7, keeping four digits. Start: 4821
 #
 #   2.7) 4821 +7 = 4828
-#   2.6) 4828 +7 = 4835
 #   ...
-#   2.1) 4863 +7 = 4870
 #   2.0) 4870 x7 = 4090
 #   1.7) 4090 +7 = 4097
 #   ...
-#   1.1) 4132 +7 = 4139
 #   1.0) 4139 x7 = 8973
 #   \boxed{8973}
 #
-# Additions are easy and fill the page. A multiplication has to be done in the head, carries and
-# all, and a small model gets it right only some of the time: many rounds are hard, and so are large
-# numbers. The number is coprime to 10: a round is then a bijection of the four-digit numbers, so
-# that a mistake is never forgotten, and the answer is right only if the whole chain is.
+# Additions are easy and fill the page. A small model gets a multiplication, done in the head, right
+# only some of the time: many rounds are hard, and so are large numbers. The number is coprime to
+# 10, so that a round maps no two numbers to one: the answer is right only if the whole chain is.
 ROUNDS, NUMBERS = (1, 6), (3, 7, 11, 13, 17)
 TRAIN_PROBLEMS, TEST_PROBLEMS = 50_000, 1_000
 
@@ -61,39 +57,33 @@ def arithmetic_problem(rng):
     for rounds_left in range(rounds, 0, -1):
         for additions_left in range(by, -1, -1):
             result = (value + by if additions_left else value * by) % 10_000
-            sign = "+" if additions_left else "x"
-            left = f"{rounds_left}.{additions_left})"
-            lines.append(f"{left} {value:04d} {sign}{by} = {result:04d}\n")
+            step = f"{value:04d} {'+' if additions_left else 'x'}{by} = {result:04d}"
+            lines.append(f"{rounds_left}.{additions_left}) {step}\n")
             value = result
     return question, "".join(lines) + f"\\boxed{{{value:04d}}}", f"{value:04d}"
 
 
 def arithmetic_problems(split):
-    """Endless problems of a split, always the same ones.
-
-    Train and test never share a question: it is of the test split if its CRC-32 is a multiple of 8.
-    """
-    rng = random.Random(f"arithmetic {split}")
-    for index in itertools.count():
-        while True:
-            question, solution, answer = arithmetic_problem(rng)
-            if (zlib.crc32(question.encode()) % 8 == 0) == (split == "test"):
-                break
-        yield Problem(f"{split}/{index}", question, answer, solution)
+    """Endless problems of a split, always the same ones. Train and test share no question: it is
+    of the test split if its CRC-32 is a multiple of 8."""
+    rng, indices = random.Random(f"arithmetic {split}"), itertools.count()
+    while True:
+        question, solution, answer = arithmetic_problem(rng)
+        if (zlib.crc32(question.encode()) % 8 == 0) == (split == "test"):
+            yield Problem(f"{split}/{next(indices)}", question, answer, solution)
 
 
-# ---------------------------------------------------------------------------- tokenizer
+# ---- tokenizer
 TOKENIZER_FILE = "tokenizer.tiktoken.json"
-LONGEST_RUN = 500_000  # of white space: the regex engine of tiktoken fails beyond a million
 
 
 class Tokenizer:
-    """A tiktoken.Encoding, and what a chat needs: what comes around a question and ends an answer.
+    """A tiktoken.Encoding, and what a chat puts around a question and ends an answer with.
 
-    `definition` is what is saved with a checkpoint: pattern (the split regex), ranks (token bytes
-    in base64 in the order of their ids, null where an id is special), special (name -> id), chat
-    (what comes before and after the question: names of special tokens and plain texts), trim (true:
-    the question is stripped), eos (names; the first ends a turn).
+    `definition` is saved with a checkpoint: pattern (regex that cuts a text into pieces), ranks
+    (each id's bytes in base64, null where it is special), special (name -> id), chat (before and
+    after the question: lists of special names and plain texts), trim (strip the question?), eos
+    (names; the first ends a turn).
     """
 
     def __init__(self, definition):
@@ -106,46 +96,33 @@ class Tokenizer:
         self.vocab_size = self.encoding.n_vocab
 
     def encode(self, text):
-        """Ids of a text: adds nothing, and reads what looks like a special token as plain text.
-
-        Bytes without a token are left out: SmolLM2 lacks some, of control characters.
-        """
-        if self.missing:
-            content = text.encode("utf-8", "replace").translate(None, self.missing)
-            text = content.decode("utf-8", "ignore")
-        cuts = [match.end() for match in re.finditer(rf"\s{{{LONGEST_RUN}}}", text)]
-        parts = (text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)]))
+        """Ids of a text: adds nothing, and reads what looks like a special token as plain text."""
+        parts = encodable(text, self.missing)
         return [i for part in parts for i in self.encoding.encode_ordinary(part)]
 
     def decode(self, ids):
         """The text of ids, special tokens by their names. ValueError names an id that is none."""
-        try:
+        with naming(f"one of the ids (0 to {self.vocab_size - 1})"):
             return self.encoding.decode(ids)
-        except (KeyError, OverflowError) as error:
-            raise ValueError(f"{error.args[0]}: ids go from 0 to {self.vocab_size - 1}") from None
 
     def chat(self, question, first=True):
-        """The prompt for a question, up to where the answer starts. What it spells is plain text.
-
-        first=False: a later turn, without begin-of-text and system message.
-        """
+        """The prompt for a question, up to where the answer starts; what it spells is plain text.
+        first=False: a later turn, without begin-of-text and system message."""
         before, after = self.definition["chat"]
-        if not first:
-            once = [i for i, part in enumerate(before)
-                    if part in ("<|begin_of_text|>", *self.definition["eos"][:1])]
-            before = before[once[-1] + 1:] if once else before
+        once = {"<|begin_of_text|>", *self.definition["eos"][:1]}  # this one ends the message
+        while not first and once & set(before):
+            before = before[1:]
         question = question.strip() if self.definition.get("trim") else question
         ids, text = [], ""
-        for part, is_name in (*((part, True) for part in before), (question, False),
-                              *((part, True) for part in after)):
-            if is_name and part in self.special:
+        for part in [*before, None, *after]:  # None: here is the question
+            if part in self.special:
                 ids, text = ids + self.encode(text) + [self.special[part]], ""
-            else:
-                text += part  # encoded in one go with its neighbours: a token may span them
+            else:  # encoded in one go with its neighbours: a token may span them
+                text += question if part is None else part
         return ids + self.encode(text)
 
     def save(self, folder):
-        write_json(os.path.join(folder, TOKENIZER_FILE), self.definition)
+        write_json(Path(folder, TOKENIZER_FILE), self.definition)
 
 
 def arithmetic_definition():
@@ -167,108 +144,104 @@ def arithmetic_definition():
 
 
 # ---- first reading ends here: other tasks, prompts, tokenizers on disk, solutions as tokens ----
+LONGEST_RUN = 500_000  # of white space: the regex engine of tiktoken fails beyond a million
+
+
+def encodable(text, missing):
+    """A text in parts that tiktoken can take, without bytes that have no token: SmolLM2 lacks
+    some, of control characters."""
+    if missing:
+        text = text.encode("utf-8", "replace").translate(None, missing).decode("utf-8", "ignore")
+    cuts = [match.end() for match in re.finditer(rf"\s{{{LONGEST_RUN}}}", text)]
+    return (text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)]))
+
+
 def problem_from(row, default_id, where):
     """The Problem in a row of GSM8K (question, answer), MATH (problem, solution, answer),
     OpenMathInstruct (problem, generated_solution, expected_answer) or a samples.jsonl.
 
-    GSM8K's answer column holds the solution, with a calculator's <<1+1=2>> in it, then #### and the
-    answer. A sample is a worked solution only if it came to an end and boxes an answer; its text is
-    taken as it is: a wrong chain must not be taught to end in the right answer. ValueError names
-    the row without question or answer.
+    GSM8K's answer is a solution, with a calculator's <<1+1=2>> in it, then #### and the answer. A
+    sample is a worked solution if it came to an end and boxes an answer. It is taken as it is: no
+    wrong chain is taught to end in the right answer.
     """
     def first(*columns):
         return next((row[column] for column in columns if row.get(column) is not None), None)
 
     question, answer = first("question", "problem"), first("answer", "expected_answer", "gold")
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
-        answer = str(answer)
+    answer = str(answer) if type(answer) in (int, float) else answer
     solution = first("solution", "generated_solution") or ""
-    if isinstance(row.get("completion"), str):
-        told = row.get("finish") == "stop" and "\\boxed{" in row["completion"]
+    if "completion" in row:
+        told = row.get("finish") == "stop" and "\\boxed{" in str(row["completion"])
         solution = row["completion"] if told else ""
     if isinstance(answer, str) and "####" in answer:
         solution = re.sub(r"<<[^<>]*>>", "", answer)
         answer = solution.rsplit("####", 1)[1]
-    for name, text in ("question", question), ("answer", answer), ("solution", solution):
-        if not isinstance(text, str) or not (text.strip() or name == "solution"):
-            raise ValueError(f"{where}: {name} is {json.dumps(text)[:40]}, expected a text")
+    texts = dict(question=question, answer=answer, solution=solution)
+    check_fields(texts, dict.fromkeys(texts, str), where)
+    require(question.strip() and answer.strip(), f"{where}: its question or answer is empty")
     return Problem(str(first("id", "unique_id") or default_id), question, answer.strip(), solution)
 
 
 def load_task(name_or_file, split):
     """The problems of a task's "train" or "test" split, as a list of Problem.
 
-    arithmetic is built in; gsm8k, math500 (test) and openmath2 (train; openmath2[1000:2000] for
-    other rows than the first 50,000) come from the Hugging Face Hub. A .jsonl file is its own
-    split, a line a problem; of a samples.jsonl the test split has every question once. ValueError
-    or FileNotFoundError says what is wrong.
+    arithmetic is built in; gsm8k, math500 and openmath2 come from the Hugging Face Hub; of a .jsonl
+    file both splits have all problems, but of a samples.jsonl test has every question once.
+    ValueError says what is wrong.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"unknown split {split!r}: choose train or test")
+    require(split in ("train", "test"), f"unknown split {split!r}: choose train or test")
     if name_or_file == "arithmetic":
         count = TRAIN_PROBLEMS if split == "train" else TEST_PROBLEMS
         return list(itertools.islice(arithmetic_problems(split), count))
     if not name_or_file.endswith(".jsonl"):
-        part = re.fullmatch(r"(openmath2)\[(\d+):(\d+)\]", name_or_file)
-        name = part[1] if part else name_or_file
-        rows = (0, 50_000) if name == "openmath2" else None
-        rows = (int(part[2]), int(part[3])) if part else rows
-        if name not in hub.HUB or rows and rows[0] >= rows[1]:
-            raise ValueError(f"unknown task {name_or_file!r}: choose arithmetic, "
-                             f"{', '.join(hub.HUB)}, openmath2[1000:2000] or a .jsonl file")
-        found = enumerate(hub.dataset_rows(name, split, rows), rows[0] if rows else 0)
-        return [problem_from(row, f"{split}/{i}", f"{name}, row {i}") for i, row in found]
-    if not os.path.isfile(name_or_file):
-        raise FileNotFoundError(f"no such file: {name_or_file}")
+        return hub_problems(name_or_file, split)
     rows = list(json_lines(name_or_file))
     problems = [problem_from(row, str(i), where) for i, (where, row) in enumerate(rows)]
     if split == "test" and all("completion" in row for _, row in rows):
         problems = list({problem.question: problem for problem in problems}.values())
-    if not problems:
-        raise ValueError(f"{name_or_file} has no problems: expected one JSON object per line")
+    require(problems, f"{name_or_file} is missing or empty: expected a JSON object per line")
     return problems
 
 
+def hub_problems(task, split):
+    """The problems of a data set of the Hub, of task[first:end] those of these rows; openmath2 has
+    14 million."""
+    part = re.fullmatch(r"(\w+)\[(\d+):(\d+)\]", task)
+    name = part[1] if part else task
+    require(name in HUB, f"unknown task {task!r}: choose arithmetic, {', '.join(HUB)}, "
+                         f"openmath2[1000:2000] or a .jsonl file")
+    rows = (0, 50_000) if name == "openmath2" else None
+    rows = (int(part[2]), int(part[3])) if part else rows
+    found = enumerate(hub.dataset_rows(name, split, rows), rows[0] if rows else 0)
+    return [problem_from(row, f"{split}/{i}", f"{name}, row {i}") for i, row in found]
+
+
 def choose_subset(problems, limit, seed=None):
-    """The first `limit` problems, or with a seed as many at random, in their old order.
-
-    The paper, as large_language_monkeys before it, measures 128 random problems of a test set.
-    """
-    if limit is None or limit >= len(problems):
-        return list(problems)
-    if seed is None:
-        return problems[:limit]
-    return [problems[i] for i in sorted(random.Random(seed).sample(range(len(problems)), limit))]
+    """The first `limit` problems, or with a seed as many at random, in their old order; the paper
+    measures 128 random ones."""
+    indices = range(len(problems))
+    if seed is not None and limit is not None:
+        indices = sorted(random.Random(seed).sample(indices, min(limit, len(indices))))
+    return [problems[i] for i in indices[:limit]]
 
 
-# ---------------------------------------------------------------------------- reading and writing
 INSTRUCTION = "{question}\n\nReason step by step, and put your final answer within \\boxed{}."
 
 
 def prompt_template(task, path=None):
-    """The text around a question, for str.replace("{question}", ...): questions have braces too.
-
-    The built-in task's is the bare question, any other's INSTRUCTION, unless a file is given.
-    ValueError if the file has not exactly one {question}.
-    """
+    """The text around a question, for str.replace("{question}", ...): a file's, else INSTRUCTION,
+    or for the built-in task the bare question."""
     if path is None:
         return "{question}" if task == "arithmetic" else INSTRUCTION
-    try:
-        with open(path, encoding="utf-8") as f:
-            template = f.read().removesuffix("\n")  # editors add it
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text in UTF-8: {error}") from None
-    if template.count("{question}") != 1:
-        raise ValueError(f"{path}: expected {{question}} exactly once, "
-                         f"found it {template.count('{question}')} times")
+    with naming(path):
+        template = Path(path).read_text("utf-8").removesuffix("\n")  # editors add it
+        require(template.count("{question}") == 1, "expected exactly one {question}")
     return template
 
 
 def solution_text(problem):
-    """What a model is trained to write: the solution, or "" if there is none.
-
-    If it boxes no answer, its last line, #### answer, becomes \\boxed{answer}.
-    """
+    """What a model learns to write: the solution ("" if there is none) with its answer in a box,
+    which takes the place of a last line #### answer."""
     solution = problem.solution
     if not solution or "\\boxed" in solution:
         return solution
@@ -278,28 +251,9 @@ def solution_text(problem):
     return f"{solution.rstrip()}\n\\boxed{{{problem.answer}}}"
 
 
-# ---------------------------------------------------------------------------- on disk
-def load_tokenizer(dir_or_name):
-    """The built-in task's Tokenizer ("arithmetic"), a folder's, or that of a repository on the Hub.
-
-    ValueError or FileNotFoundError says why there is none.
-    """
-    if dir_or_name == "arithmetic":
-        return Tokenizer(arithmetic_definition())
-    folder = hub.tokenizer_folder(dir_or_name)
-    own = os.path.join(folder, TOKENIZER_FILE)
-    if not os.path.isfile(own):
-        return Tokenizer(hub.read_tokenizer(folder))
-    with hub.naming(own):
-        return Tokenizer(read_json(own))
-
-
 class Pairs:
-    """(prompt ids, answer ids) of every worked solution, as a sequence: encoded when asked for.
-
-    The prompt is the question in its template and chat; the answer is solution_text and the id that
-    ends a turn. It takes a thousandth of the time of training on it, so nothing is kept.
-    """
+    """(prompt ids, answer ids) of every worked solution: the question in its template and chat,
+    solution_text and the id that ends a turn. Encoded when asked for: training takes longer."""
 
     def __init__(self, problems, tokenizer, template):
         self.problems, self.tokenizer, self.template = problems, tokenizer, template
@@ -311,3 +265,16 @@ class Pairs:
         problem, tokenizer = self.problems[index], self.tokenizer
         prompt = tokenizer.chat(self.template.replace("{question}", problem.question))
         return prompt, tokenizer.encode(solution_text(problem)) + tokenizer.eos_ids[:1]
+
+
+def load_tokenizer(dir_or_name):
+    """The built-in task's Tokenizer ("arithmetic"), a folder's or a repository's; ValueError or
+    FileNotFoundError says why there is none."""
+    if dir_or_name == "arithmetic":
+        return Tokenizer(arithmetic_definition())
+    folder = hub.tokenizer_folder(dir_or_name)
+    own = Path(folder, TOKENIZER_FILE)
+    if not own.is_file():
+        return Tokenizer(hub.read_tokenizer(folder))
+    with naming(own):
+        return Tokenizer(read_json(own))

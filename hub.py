@@ -7,262 +7,243 @@
     definition = read_tokenizer(folder)           # for data.Tokenizer
     rows = dataset_rows("gsm8k", "test")
 
-Read are Llamas as Hugging Face stores them, the students that MambaInLlama, M1 and Llamba released,
-the tokenizers and chats of Llama 3 and SmolLM2, and three data sets. What would make a model
-compute something else than its authors' code does is refused by name.
+What would compute something else here than at its authors' is refused by name.
 """
 import base64
 import contextlib
 import itertools
 import json
-import os
 import re
 import zlib
+from pathlib import Path
 
-from common import first_line, read_json, replace_file, write_json
+from common import check_fields, first_line, read_json, replace_file, write_json
 
 
-def refuse_unless(condition, complaint):
-    """Raises ValueError(complaint) where the condition does not hold."""
+def require(condition, complaint):
+    """ValueError(complaint) unless the condition holds."""
     if not condition:
         raise ValueError(complaint)
 
 
 @contextlib.contextmanager
 def naming(what):
-    """A context in which anything that a broken file leads to is a ValueError of one line."""
+    """A context in which any exception becomes a ValueError of one line: `what` cannot be used."""
     try:
         yield
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        reason = error if isinstance(error, ValueError) else repr(error)
-        raise ValueError(f"{what} cannot be used: {reason}") from None
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{what} cannot be used: {kind}{first_line(error)}") from None
 
 
-# ---------------------------------------------------------------------------- folders
-def download(path_or_repo, patterns):
-    """The path itself, or the folder with those files of the repository "org/name" that match.
-
-    A name is a repository's unless org is a folder here ("out/pure" is a missing folder). Raises
-    FileNotFoundError if the Hugging Face Hub cannot give the files.
-    """
+# ---- folders
+def download(path_or_repo, *patterns):
+    """A folder's name as it is; of a repository "org/name", the folder with the files that match.
+    Where org is a folder, as in "out/pure", it is no repository."""
     name = str(path_or_repo)
-    here = os.path.exists(name) or os.path.isdir(name.split("/")[0])
+    here = Path(name).exists() or Path(name.split("/")[0]).is_dir()
     if here or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         return name
-    try:
+    with naming(f"no folder {name}, and the repository (if gated: `hf auth login`)"):
         import huggingface_hub
-        return huggingface_hub.snapshot_download(name, allow_patterns=patterns)
-    except Exception as error:  # its own kinds, httpx's, OSError, no such package
-        raise FileNotFoundError(
-            f"no folder {name}; no download: {type(error).__name__}: {first_line(error)} (gated or "
-            "private: `hf auth login`; no package: `pip install huggingface_hub`)") from None
-
-
-def weight_files(folder):
-    """Paths of a folder's weights: safetensors, or .bin where there are none; whole or shards."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        path = os.path.join(folder, name)
-        if os.path.isfile(path):
-            return [path]
-        if os.path.isfile(index := path + ".index.json"):
-            with naming(index):
-                files = sorted(set(read_json(index)["weight_map"].values()))
-                outside = [file for file in files if file != os.path.basename(file)]
-                refuse_unless(not outside, f"it names files outside its folder, {outside[:1]}")
-            return [os.path.join(folder, file) for file in files]
-    return []
-
-
-def checkpoint_folder(path_or_repo):
-    """The folder of a checkpoint's config and weights; a repository "org/name" is downloaded.
-
-    Its .bin files only where it has no safetensors: many repositories hold the weights twice.
-    """
-    folder = download(path_or_repo, ["*.json", "model*.safetensors"])
-    if weight_files(folder):
-        return folder
-    return download(path_or_repo, ["*.json", "pytorch_model*.bin"])
+        return huggingface_hub.snapshot_download(name, allow_patterns=list(patterns))
 
 
 def tokenizer_folder(path_or_repo):
-    """The folder of a model's tokenizer and chat format; a repository "org/name" is downloaded."""
-    return download(path_or_repo, ["tokenizer*", "original/tokenizer.model", "chat_template.jinja",
-                                   "config.json", "generation_config.json"])
+    """The folder of a model's tokenizer and chat template, downloaded if need be."""
+    return download(path_or_repo, "tokenizer*", "original/tokenizer.model", "chat_template.jinja",
+                    "config.json", "generation_config.json")
+
+
+def checkpoint_folder(path_or_repo):
+    """The folder of a checkpoint, downloaded if need be; .bin only if there is nothing else."""
+    folder = download(path_or_repo, "*.json", "model*.safetensors")
+    if weight_files(folder):
+        return folder
+    return download(path_or_repo, "*.json", "pytorch_model*.bin")
+
+
+def weight_files(folder):
+    """Paths of a folder's weights, whole or shards: .safetensors, or .bin where there are none."""
+    names = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin")
+    return next(filter(None, (sorted(Path(folder).glob(name)) for name in names)), [])
 
 
 def fingerprint(path_or_repo):
     """CRC-32 of a checkpoint's weight files in hexadecimal: did two runs use the same model?"""
-    folder, crc = checkpoint_folder(path_or_repo), 0
-    for name in sorted(os.listdir(folder)):
-        if name.endswith((".safetensors", ".bin")):
-            with open(os.path.join(folder, name), "rb") as file:
+    crc = 0
+    for path in sorted(Path(checkpoint_folder(path_or_repo)).iterdir()):
+        if path.suffix in (".safetensors", ".bin"):
+            with path.open("rb") as file:
                 while block := file.read(1 << 24):
                     crc = zlib.crc32(block, crc)
     return f"{crc:08x}"
 
 
-# ---------------------------------------------------------------------------- config.json
-REQUIRED = dict(  # field of model.Config -> key of a Hugging Face Llama config
+# ---- config.json
+HF_SIZES = dict(  # field of model.Config -> key of a Llama's config.json; from mixers on, ours
     vocab_size="vocab_size", d_model="hidden_size", n_layers="num_hidden_layers",
     n_heads="num_attention_heads", d_ff="intermediate_size")
-HF_KEYS = REQUIRED | dict(
-    n_kv_heads="num_key_value_heads", head_dim="head_dim", rope_theta="rope_theta",
-    rope_scaling="rope_scaling", norm_eps="rms_norm_eps", tie_embeddings="tie_word_embeddings",
-    max_length="max_position_embeddings", eos_ids="eos_token_id",
-    mixers="mixers", d_state="d_state", d_conv="d_conv", dt_rank="dt_rank")  # this line is ours
+HF_KEYS = HF_SIZES | dict(
+    n_kv_heads="num_key_value_heads", norm_eps="rms_norm_eps", tie_embeddings="tie_word_embeddings",
+    max_length="max_position_embeddings", eos_ids="eos_token_id") | {
+    key: key for key in "head_dim rope_theta rope_scaling mixers d_state d_conv dt_rank".split()}
 HF_DEFAULTS = dict(tie_word_embeddings=False, rms_norm_eps=1e-6, rope_theta=10000.0)
-# Keys of which only one value (or null, or none at all) is implemented here.
-ONLY = dict(model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False,
-            rope_interleaved=False, partial_rotary_factor=1.0, sliding_window=None,
-            quantization_config=None)
-
-
-def refuse_missing(values, keys):
-    """Raises ValueError naming the keys that a config.json has not, or has as null."""
-    missing = ", ".join(key for key in keys if values.get(key) is None)
-    base = values.get("_name_or_path", "its base")  # a released student's may hold little else
-    refuse_unless(not missing, f"config.json lacks {missing} (copy what is missing from {base})")
+# Keys of which only one value (or null, or none) is implemented here; the first four are written.
+WRITTEN = dict(model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False)
+ONLY = WRITTEN | dict(rope_interleaved=False, partial_rotary_factor=1.0, sliding_window=None)
 
 
 def refuse_other(values, only):
-    """Raises ValueError for a key of `only` that has another value in `values`."""
+    """ValueError naming a key that has another value than `only` has."""
     for key, value in only.items():
-        refuse_unless(values.get(key) in (None, value),
-                      f"{key} = {values.get(key)!r}, only {json.dumps(value)} is supported")
+        require(values.get(key) in (None, value),
+                f"{key} = {values.get(key)!r}, only {json.dumps(value)} is supported")
 
 
-def as_list(ids):
-    """Token ids as a list: eos_token_id is one, several, null or missing."""
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+def eos_list(values):
+    """The eos_token_id of a config as a list; it is an id, several, null or missing."""
+    ids = values.get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    require(all(type(i) is int for i in ids), f"eos_token_id = {ids}, expected ids")
+    return ids
 
 
 def llama_fields(values):
     """Fields of Config in a Llama's config.json, of the old layout or the new (rope_parameters)."""
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
     refuse_other(values | rope, ONLY)
-    refuse_missing(values, ["model_type", *REQUIRED.values()])
     values = HF_DEFAULTS | {key: value for key, value in values.items() if value is not None}
-    values["eos_token_id"] = as_list(values.get("eos_token_id"))
-    values["rope_theta"] = rope.get("rope_theta", values["rope_theta"])
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    scaling = {key: value for key, value in rope.items()
-               if key not in ("rope_theta", "type", "partial_rotary_factor")}
-    values["rope_scaling"] = None if kind == "default" else scaling | dict(rope_type=kind)
+    values["rope_theta"] = rope.pop("rope_theta", values["rope_theta"])
+    check_fields(values, dict.fromkeys(HF_SIZES.values(), int) | dict(
+        model_type=str, rms_norm_eps=float, rope_theta=float), "config.json")
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    values["rope_scaling"] = None if kind == "default" else rope | dict(rope_type=kind)
+    values["eos_token_id"] = eos_list(values)
     if values.get("discrete_mamba2") is False:  # a key that we wrote once
-        step = {"mamba2": "mamba2_step"}
-        values["mixers"] = [step.get(mixer, mixer) for mixer in values["mixers"]]
+        values["mixers"] = [{"mamba2": "mamba2_step"}.get(x, x) for x in values["mixers"]]
     return {field: values[key] for field, key in HF_KEYS.items() if key in values}
 
 
-def llamba_fields(values):
-    """Fields of Config for a Llamba (modeling_llamba.py of cartesia-ai/edge): all is Mamba-2."""
-    mlp, ssm = values.get("mlp_cfg") or {}, values.get("ssm_cfg") or {}
-    found = dict(expand=1, tie_embeddings=False) | mlp | ssm | values
-    keys = dict(vocab_size="vocab_size", d_model="d_model", n_layers="n_layer", d_state="d_state",
-                n_heads="n_v_heads", d_ff="intermediate_size")
-    refuse_missing(found, keys.values())
-    heads, width = found["n_v_heads"], found["d_model"]
-    refuse_other(values | mlp, dict(lm_head_bias=False, act_fn="silu", bias=False))
-    refuse_other(ssm, dict(activation="identity", bias=False, conv_bias=True, n_qk_heads=heads))
-    keys |= dict(norm_eps="norm_epsilon", tie_embeddings="tie_embeddings", d_conv="d_conv")
-    return {field: found[key] for field, key in keys.items() if key in found} | dict(
-        head_dim=found["expand"] * width // heads, mixers=["mamba2"] * found["n_layer"],
-        eos_ids=as_list(values.get("eos_token_id")))
+def llamba_as_llama(values):
+    """A Llamba's config.json (modeling_llamba.py of cartesia-ai/edge) with a Llama's keys."""
+    ssm, mlp, layers = values["ssm_cfg"], values["mlp_cfg"], values["n_layer"]
+    heads = ssm["n_v_heads"]
+    refuse_other(mlp | ssm, dict(act_fn="silu", activation="identity", n_qk_heads=heads))
+    return mlp | ssm | values | dict(
+        model_type="llama", hidden_size=values["d_model"], num_hidden_layers=layers,
+        num_attention_heads=heads, rms_norm_eps=values["norm_epsilon"],
+        tie_word_embeddings=values["tie_embeddings"], mixers=["mamba2"] * layers)
 
 
-def mamba_in_llama_fields(llama, mamba):
-    """Fields of Config for a MambaInLlama or M1 student.
-
-    llama: those of its config.json; mamba: its mamba_config.json, which says what has replaced
-    attention (mamba/hybrid_mamba_config.py of MambaInLlama). Only its Mamba-2 has `ngroups`. Sizes
-    that it repeats (d_inner, d_xb, ...) are not read: those of the weights are checked.
-    """
+def mamba_fields(llama, mamba):
+    """Fields of Config of a MambaInLlama or M1 student: its Llama's, and the mixers by its
+    mamba_config.json (mamba/hybrid_mamba_config.py), where only Mamba-2 has `ngroups`."""
     layers, width, heads = (llama[field] for field in ("n_layers", "d_model", "n_heads"))
     fields = dict(n_kv_heads=heads, head_dim=width // heads) | llama
-    ssm, attention = mamba.get("ssm_cfg") or {}, mamba.get("attn_layers")
-    known = "expand d_state d_conv dt_rank ngroups repeat_kv_before_conv chunk_size".split()
-    refuse_unless(ssm.keys() <= set(known), f"ssm_cfg = {ssm}, supported are {', '.join(known)}")
-    refuse_unless(attention is not None and set(attention) <= set(range(layers)),
-                  f"attn_layers = {attention}, but layers are 0 .. {layers - 1}")
+    attention, ssm = mamba["attn_layers"], mamba["ssm_cfg"]
+    known = "expand d_state d_conv dt_rank ngroups repeat_kv_before_conv chunk_size"
+    require(ssm.keys() <= set(known.split()), f"ssm_cfg has {', '.join(ssm)}, supported: {known}")
+    require(set(attention) <= set(range(layers)), f"attn_layers = {attention} of {layers} layers")
     mixer = "mamba2_step" if "ngroups" in ssm else "mamba"
     if mixer == "mamba2_step":
         refuse_other(ssm, dict(ngroups=heads, d_state=fields["head_dim"]))
-    rank = ssm.get("dt_rank", "auto")
-    return fields | dict(
-        mixers=["attention" if layer in attention else mixer for layer in range(layers)],
-        d_state=ssm.get("d_state", 16), d_conv=ssm.get("d_conv", 4),
-        dt_rank=-(-width // 16) if rank == "auto" else rank)
+    mixers = ["attention" if layer in attention else mixer for layer in range(layers)]
+    return fields | dict(mixers=mixers)
 
 
-def layout_of(folder, values):
-    """Whose layout a checkpoint with this config.json has: llama (ours, too), llamba or mamba."""
-    if "mixers" in values:  # we saved it, maybe over a release
-        return "llama"
-    released = os.path.isfile(os.path.join(folder, "mamba_config.json"))
-    return "mamba" if released else values.get("model_type")
+def read_layout(folder):
+    """(fields of Config, translation of a tensor) of the checkpoint in a folder."""
+    path, released = Path(folder, "config.json"), Path(folder, "mamba_config.json")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no checkpoint in {folder}: expected config.json and model.safetensors")
+    with naming(f"the checkpoint in {folder}"):
+        values = read_json(path)
+        if values.get("model_type") == "llamba":
+            return llama_fields(llamba_as_llama(values)), llamba_tensors
+        fields = llama_fields(values)
+        if "mixers" in fields or not released.is_file():  # ours, maybe saved over a release
+            return fields, lambda name, tensor, *_: {name: tensor}
+        if any(".mha." in name for name in stored_names(folder)):
+            fields["rope_scaling"] = None  # M1 was trained without that of its base
+        return mamba_fields(fields, read_json(released)), mamba_in_llama_tensors
 
 
 def read_config(folder):
     """Fields of model.Config in a folder's config.json; what it does not say is left out.
-
-    Raises FileNotFoundError if there is none, ValueError naming what is not supported here.
-    """
-    path = os.path.join(folder, "config.json")
-    if not os.path.isfile(path):
-        raise FileNotFoundError(
-            f"no checkpoint in {folder}: expected config.json and model.safetensors there")
-    values = read_json(path)
-    layout = layout_of(folder, values)
-    with naming(f"the checkpoint in {folder}"):
-        if layout == "llamba":
-            return llamba_fields(values)
-        fields = llama_fields(values)
-        if layout == "mamba":
-            if any(".mha." in name for name in stored_tensors(folder)):
-                fields["rope_scaling"] = None  # M1 was trained without that of its base
-            mamba = read_json(os.path.join(folder, "mamba_config.json"))
-            return mamba_in_llama_fields(fields, mamba)
-        refuse_other(values, dict(architectures=["LlamaForCausalLM"]))
-        return fields
+    FileNotFoundError if there is none, ValueError naming what is not supported."""
+    return read_layout(folder)[0]
 
 
-# ---------------------------------------------------------------------------- weight files
+# ---- weights
+EMBEDDING = "model.embed_tokens.weight"
+
+
 def map_file(path, names=None):
-    """{name: tensor} of a weight file (of these names; of a .bin all), mapped into memory.
-
-    Nothing is read before it is used; what was read counts as memory until the tensor is dropped.
-    """
+    """{name: tensor} of a weight file (of these names; of a .bin all), mapped: what is used is in
+    memory until the tensor is dropped."""
     import torch
     from safetensors import safe_open
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no such file: {path}")
-    try:
-        if path.endswith(".bin"):  # weights_only: a pickle may hold any code
+    with naming(path):
+        if path.suffix == ".bin":  # weights_only: a pickle may hold any code
             tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             return {name: tensor.detach() for name, tensor in tensors.items()}
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in names or file.keys()}
-    except Exception as error:  # safetensors' and pickle's own, RuntimeError, EOFError
-        raise ValueError(f"{path} is not a readable weight file: {first_line(error)}") from None
 
 
-def stored_tensors(folder):
-    """{name: (path, tensor on "meta")} of a folder's weights: where they are, shape and dtype."""
-    import torch
-    paths = weight_files(folder)
-    if not paths:
-        raise FileNotFoundError(f"no such file: {os.path.join(folder, 'model.safetensors')}")
-    return {name: (path, torch.empty_like(tensor, device="meta"))
-            for path in paths for name, tensor in map_file(path).items()
+def stored_names(folder):
+    """{name: path of its file} of the tensors in a folder."""
+    paths = weight_files(folder) or [Path(folder, "model.safetensors")]
+    return {name: path for path in paths for name in map_file(path)
             if not name.endswith("rotary_emb.inv_freq")}  # files of 2023; config.json says it
 
 
-def take_apart(name, tensor, sizes):
-    """{part: its rows of a tensor}, from top to bottom; sizes: {part: number of rows}."""
-    expected = (sum(sizes.values()), *tensor.shape[1:])
-    refuse_unless(tensor.shape == expected,
-                  f"tensor {name} has shape {tuple(tensor.shape)}, expected {expected}")
-    return dict(zip(sizes, tensor.split(list(sizes.values()))))
+def llamba_tensors(name, tensor, fields, shapes):
+    """{our name: tensor} of a tensor of a Llamba, whose decays have no bias: zeros."""
+    name = name.replace("backbone.", "model.").replace(".embedding.", ".embed_tokens.")
+    name = name.replace(".final_layernorm.", ".norm.").replace(".mixer.", ".mamba2.")
+    bias = {name[:-1] + "A_log_bias": tensor.new_zeros(len(tensor))} if name.endswith(".D") else {}
+    return {name: tensor} | bias
+
+
+FUSED = {  # M1 has one product for several of ours, from top to bottom
+    "mha.in_proj": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+    "mha.out_proj": "self_attn.o_proj",
+    "mamba.in_proj": "mamba.in_proj_z mamba.in_proj_x mamba.B_proj mamba.C_proj mamba.dt_proj_down"}
+
+
+def mamba_in_llama_tensors(name, tensor, fields, shapes):
+    """{our name: tensor} of a tensor of a MambaInLlama or M1 student."""
+    layer, key = re.fullmatch(r"(model\.layers\.\d+\.|)(.+)", name).groups()
+    inner, kv = (fields[heads] * fields["head_dim"] for heads in ("n_heads", "n_kv_heads"))
+    if key.startswith("mamba.") and "mamba2_step" in fields["mixers"]:
+        ours = name.replace(".mamba.", ".mamba2.").replace("dt_bias", "A_log_bias")
+        bias = {layer + "mamba2.z_bias": tensor.new_zeros(inner)} if ".norm." in key else {}
+        return {ours: mamba2_rows(key, tensor, inner, kv, fields)} | bias
+    if whole := FUSED.get(key.removesuffix(".weight")):
+        names = [f"{layer}{ours}.weight" for ours in whole.split()]
+        return dict(zip(names, tensor.split([shapes[ours][0] for ours in names])))
+    if key == "mamba.dt_proj.bias":  # their dt_proj adds it, and their scan adds it again
+        tensor = 2 * tensor
+    if key.startswith("mamba.conv1d.") and len(tensor) == kv:  # repeat_kv_before_conv = false
+        tensor = repeat_groups(tensor, 16, inner // kv)
+    return {name: tensor}
+
+
+def mamba2_rows(key, tensor, inner, kv, fields):
+    """Rows z | x | B | C | dt become x | B | C | z | a, the kv heads of x and B repeated; likewise
+    those of a conv1d that runs before that (repeat_kv_before_conv = false)."""
+    import torch
+    z = a = tensor[:0]
+    if key == "mamba.in_proj.weight":
+        z, tensor, a = tensor.split([inner, 2 * kv + inner, fields["n_heads"]])
+    elif ".conv1d." not in key or len(tensor) == 3 * inner:
+        return tensor
+    x, B, C = tensor.split([kv, kv, inner])
+    x, B = (repeat_groups(part, fields["head_dim"], inner // kv) for part in (x, B))
+    return torch.cat([x, B, C, z, a])
 
 
 def repeat_groups(tensor, size, times):
@@ -270,164 +251,73 @@ def repeat_groups(tensor, size, times):
     return tensor.unflatten(0, (-1, size)).repeat_interleave(times, dim=0).flatten(0, 1)
 
 
-FUSED = {  # one product in M1 and in MambaInLlama's inference code -> ours, from top to bottom
-    "mamba.in_proj.weight": ("mamba.in_proj_z", "mamba.in_proj_x", "mamba.B_proj", "mamba.C_proj",
-                             "mamba.dt_proj_down"),
-    "mha.in_proj.weight": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "mha.out_proj.weight": ("self_attn.o_proj",)}
-
-
-def mamba2_rows(name, tensor, inner, kv, config):
-    """A tensor of MambaInLlama's Mamba-2 (mamba2/hybrid_mamba_layer.py) with its rows as ours.
-
-    In in_proj z | x | B | C | dt become x | B | C | z | a, the kv heads of x and B repeated; as in
-    a conv1d that runs before they are repeated (repeat_kv_before_conv = false).
-    """
-    import torch
-    sizes = dict(x=kv, B=kv, C=inner)
-    if name.endswith(".in_proj.weight"):
-        sizes = dict(z=inner) | sizes | dict(a=config["n_heads"])
-    elif ".conv1d." not in name or len(tensor) == 3 * inner:
-        return tensor
-    rows = take_apart(name, tensor, sizes)
-    rows |= {part: repeat_groups(rows[part], config["head_dim"], inner // kv) for part in "xB"}
-    return torch.cat([rows[part] for part in "xBCza" if part in rows])
-
-
-def mamba_in_llama_tensors(name, tensor, config, shapes):
-    """{our name: tensor} of a stored tensor of a MambaInLlama or M1 student."""
-    layer, key = re.fullmatch(r"(model\.layers\.\d+\.|)(.+)", name).groups()
-    fused = [f"{layer}{ours}.weight" for ours in FUSED.get(key, ())]
-    if fused and shapes.keys() >= set(fused):
-        return take_apart(name, tensor, {ours: shapes[ours][0] for ours in fused})
-    inner, kv = (config[heads] * config["head_dim"] for heads in ("n_heads", "n_kv_heads"))
-    if key.startswith("mamba.") and "mamba2_step" in config["mixers"]:
-        tensor = mamba2_rows(name, tensor, inner, kv, config)
-        return {layer + key.replace("mamba.", "mamba2.").replace("dt_bias", "A_log_bias"): tensor}
-    # Mamba-1, mamba/hybrid_mamba_layer.py
-    if key == "mamba.dt_proj.bias":  # their dt_proj adds it, and their scan adds it again
-        tensor = 2 * tensor
-    if key.startswith("mamba.conv1d.") and len(tensor) == kv:  # repeat_kv_before_conv = false
-        tensor = repeat_groups(tensor, config["d_state"], inner // kv)
-    return {name: tensor}
-
-
-def llamba_tensors(name, tensor):
-    """{our name: tensor} of a stored tensor of a Llamba."""
-    for theirs, ours in (("backbone.embedding.", "model.embed_tokens."), (".mixer.", ".mamba2."),
-                         ("backbone.final_layernorm.", "model.norm."), ("backbone.", "model.")):
-        name = name.replace(theirs, ours)
-    return {name: tensor}
-
-
-# ---------------------------------------------------------------------------- checkpoints
-def check_tensors(stored, shapes, translate, zeros):
-    """Raises ValueError naming a tensor that is no floating point, extra, misshapen or missing."""
-    found = set()
-    for name, (_, like) in sorted(stored.items()):
-        shape = tuple(like.shape)
-        refuse_unless(like.is_floating_point(), f"tensor {name} is of {like.dtype}, no float")
-        for ours, part in translate(name, like).items():
-            refuse_unless(ours in shapes, f"unexpected tensor {name} of shape {shape}")
-            refuse_unless(part.shape == shapes[ours], f"tensor {name} has shape {shape}, expected "
-                          f"{tuple(shapes[ours])}" + (f" for {ours}" if ours != name else ""))
-            found.add(ours)
-    for ours, shape in shapes.items():
-        refuse_unless(ours in found or ours.endswith(zeros),
-                      f"tensor {ours} is missing, expected shape {tuple(shape)}")
-
-
 def read_tensors(folder, shapes, cast):
     """{our name: cast(our name, tensor)} of a folder's weights, translated from whatever layout.
 
-    shapes: {our name: shape} of what the model needs. All is checked before anything is read: a
-    tensor that is missing, extra, misshapen or of integers is a ValueError naming it. Biases that
-    we have and a release has not are zeros. Tensors are read one by one, each from a mapping of
-    its own that ends with it: memory peaks at the weights and one tensor.
+    shapes: {our name: shape} of what the model needs: a tensor that is missing, extra, misshapen or
+    of integers is a ValueError naming it. `cast` copies: one tensor at a time is read.
     """
     import torch
-    config, stored = read_config(folder), stored_tensors(folder)
-    layout = layout_of(folder, read_json(os.path.join(folder, "config.json")))
-    embedding = "model.embed_tokens.weight"
-
-    def translate(name, tensor):
-        if name == "lm_head.weight" and name not in shapes:  # a tied model may store its head, too
-            return {embedding: tensor}
-        if layout == "mamba":
-            return mamba_in_llama_tensors(name, tensor, config, shapes)
-        return llamba_tensors(name, tensor) if layout == "llamba" else {name: tensor}
-
+    (fields, translate), tensors = read_layout(folder), {}
     with naming(f"the checkpoint in {folder}"):
-        zeros = {"llamba": ".A_log_bias", "mamba": ".mamba2.z_bias", "llama": ()}[layout]
-        check_tensors(stored, shapes, translate, zeros)
-    tensors = {}
-    for name, (path, _) in stored.items():
-        tensor = map_file(path, [name])[name]
-        for ours, part in translate(name, tensor).items():
-            part = cast(ours, part)
-            if part.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
-                part = part.clone()
-            same = ours not in tensors or torch.equal(part.to(tensors[ours].dtype), tensors[ours])
-            refuse_unless(same, f"{folder}: a tied model, but its lm_head.weight is not {ours}")
-            tensors[ours] = part
-    for ours in shapes.keys() - tensors.keys():
-        tensors[ours] = cast(ours, torch.zeros(shapes[ours], dtype=tensors[embedding].dtype))
+        for name, path in stored_names(folder).items():
+            tensor = map_file(path, [name])[name]
+            tied = name == "lm_head.weight" and name not in shapes  # and may be stored all the same
+            with naming(f"tensor {name}, {tensor.dtype} of shape {tuple(tensor.shape)},"):
+                require(tensor.is_floating_point(), "expected floating point")
+                parts = translate(EMBEDDING if tied else name, tensor, fields, shapes)
+                for ours, part in parts.items():
+                    require(part.shape == shapes.get(ours),
+                            f"expected {shapes.get(ours, 'no such tensor')}")
+                    part = cast(ours, part)
+                    require(ours not in tensors or torch.equal(part, tensors[ours]),
+                            "lm_head.weight and the embedding of a tied model differ")
+                    tensors[ours] = part
+        missing = ", ".join(sorted(shapes.keys() - tensors.keys()))
+        require(not missing, f"missing tensors: {missing[:300]}")
     return tensors
 
 
 def write_checkpoint(folder, fields, tensors):
-    """Writes config.json and model.safetensors, each under a temporary name first.
-
-    fields: those of Config. An all-attention checkpoint loads in transformers' LlamaForCausalLM.
-    """
+    """Writes config.json, from the fields of Config, and model.safetensors, each under a temporary
+    name first. All attention, it loads in transformers' LlamaForCausalLM."""
     from safetensors.torch import save_file
-    os.makedirs(folder, exist_ok=True)
-    dtype = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
-    config = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu",
-                  attention_bias=False, mlp_bias=False, torch_dtype=dtype)
+    dtype = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
+    config = dict(architectures=["LlamaForCausalLM"]) | WRITTEN | dict(torch_dtype=dtype)
     config |= {HF_KEYS[field]: value for field, value in fields.items()}
     config["eos_token_id"] = config.get("eos_token_id") or None
     if config.get("rope_scaling"):
         config["rope_scaling"] = dict(rope_type="llama3") | config["rope_scaling"]
-    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    replace_file(os.path.join(folder, "model.safetensors"),
+    replace_file(Path(folder, "model.safetensors"),
                  lambda path: save_file(tensors, path, metadata=dict(format="pt")))
-    write_json(os.path.join(folder, "config.json"), config)
+    write_json(Path(folder, "config.json"), config)
 
 
-# ---------------------------------------------------------------------------- tokenizers
-# What cuts a text into pieces before merging. SmolLM2's is GPT-2's with every digit a text of its
-# own: no space joins a digit, and spaces before one end their text, so all of them are one piece.
+# ---- tokenizers
+# What cuts a text into pieces before merging. SmolLM2's is GPT-2's, but every digit is a piece, and
+# so are all spaces before one.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SMOLLM2_PATTERN = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
                   r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-BYTE_LEVEL = dict(type="ByteLevel", add_prefix_space=False)
+BYTES = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
 PRE_TOKENIZERS = (  # steps in a tokenizer.json, and the one regex that splits as they do
-    ([BYTE_LEVEL], GPT2_PATTERN),
-    ([dict(type="Digits", individual_digits=True), BYTE_LEVEL], SMOLLM2_PATTERN),
+    ([BYTES], GPT2_PATTERN),
+    ([dict(type="Digits", individual_digits=True), BYTES], SMOLLM2_PATTERN),
     ([dict(type="Split", pattern=dict(Regex=LLAMA3_PATTERN), behavior="Isolated", invert=False),
-      BYTE_LEVEL | dict(use_regex=False)], LLAMA3_PATTERN))
+      BYTES | dict(use_regex=False)], LLAMA3_PATTERN))
 LLAMA3_RANKS = 128_000  # and 256 special tokens, the last 244 without a use
-LLAMA3_SPECIAL = (
-    "<|begin_of_text|> <|end_of_text|> <|reserved_special_token_0|> <|reserved_special_token_1|> "
-    "<|finetune_right_pad_id|> <|step_id|> <|start_header_id|> <|end_header_id|> <|eom_id|> "
-    "<|eot_id|> <|python_tag|> <|image|>").split()
-LLAMA3_SPECIAL += [f"<|reserved_special_token_{i}|>" for i in range(2, 246)]
-
-
-def is_tiktoken(path):
-    """Does a file hold tiktoken's lines of `base64 rank`? Llama 2's is sentencepiece's."""
-    with open(path, "rb") as file:
-        return re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", file.readline(1000)) is not None
+LLAMA3_SPECIAL = [f"<|{name}|>" for name in (
+    "begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 "
+    "finetune_right_pad_id step_id start_header_id end_header_id eom_id eot_id python_tag "
+    "image").split() + [f"reserved_special_token_{i}" for i in range(2, 246)]]
 
 
 def read_tiktoken(path):
     """{pattern, ranks, special} of Llama 3's tokenizer.model; special tokens as Meta names them."""
-    with open(path, encoding="ascii") as file:
-        lines = [line.split() for line in file]
-    refuse_unless([line[1:] for line in lines] == [[str(rank)] for rank in range(LLAMA3_RANKS)],
-                  f"tokenizer.model is not Llama 3's {LLAMA3_RANKS:,} lines of token and rank")
+    lines = [line.split() for line in path.read_text("ascii").splitlines()]
+    require([line[1:] for line in lines] == [[str(rank)] for rank in range(LLAMA3_RANKS)],
+            f"{path.name} is not Llama 3's {LLAMA3_RANKS:,} lines of token and rank")
     return dict(pattern=LLAMA3_PATTERN, ranks=[token for token, _ in lines],
                 special={name: LLAMA3_RANKS + i for i, name in enumerate(LLAMA3_SPECIAL)})
 
@@ -435,138 +325,102 @@ def read_tiktoken(path):
 def gpt2_alphabet():
     """{character: byte}: a tokenizer.json has a printable character for every byte."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = (byte for byte in range(256) if byte not in printable)
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-def split_pattern(pre_tokenizer):
-    """The regex that splits as a pre-tokenizer of a tokenizer.json does."""
-    ignored = [("trim_offsets", True), ("trim_offsets", False), ("use_regex", True)]
-    steps = [dict(item for item in step.items() if item not in ignored)
-             for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer])]
-    pattern = next((pattern for known, pattern in PRE_TOKENIZERS if steps == known), None)
-    refuse_unless(pattern, f"its pre-tokenizer is {json.dumps(pre_tokenizer)[:300]}, supported are "
-                           f"GPT-2's, SmolLM2's and Llama 3's")
-    return pattern
+    others = [byte for byte in range(256) if byte not in printable]
+    return dict(zip(map(chr, [*printable, *range(256, 256 + len(others))]), printable + others))
 
 
 def read_byte_bpe(path):
     """{pattern, ranks, special} of a tokenizer.json, if it is byte-level BPE as tiktoken does it.
 
     tiktoken has no list of merges: it joins the neighbours that make the token of the lowest id. So
-    merges have to come in the order of the ids they make, and to make every token (with
-    ignore_merges a piece that is a token is taken whole, as tiktoken does).
+    merges must come in the order of the ids they make, and make every token (with ignore_merges a
+    piece that is a token is taken whole, as by tiktoken).
     """
-    file = read_json(path)
-    model, added, byte_of = file["model"], file.get("added_tokens") or [], gpt2_alphabet()
-    refuse_other(file, dict(normalizer=None))
-    refuse_other(model, dict(type="BPE", dropout=0, byte_fallback=False, fuse_unk=False,
-                             continuing_subword_prefix="", end_of_word_suffix=""))
+    file, byte_of = read_json(path), gpt2_alphabet()
+    model, added, splits = file["model"], file["added_tokens"], file["pre_tokenizer"]
+    refuse_other(file | model, dict(normalizer=None, type="BPE", dropout=0, byte_fallback=False,
+                                    end_of_word_suffix=""))
+    steps = splits.get("pretokenizers", [splits])
+    patterns = [pattern for known, pattern in PRE_TOKENIZERS if known == steps]
+    require(patterns, f"its pre-tokenizer, {steps}, is neither GPT-2's nor SmolLM2's nor Llama 3's")
+    require(all(token["special"] for token in added), "it has added tokens that are not special")
     special = {token["content"]: token["id"] for token in added}
-    plain = [token["content"] for token in added if not token["special"]]
-    refuse_unless(not plain, f"its added tokens {plain[:3]} are not special")
     vocab = {token: rank for token, rank in model["vocab"].items() if token not in special}
-    strange = "".join(set("".join(vocab)) - byte_of.keys())
-    refuse_unless(not strange, f"its tokens are not of bytes, they have {strange[:9]!r}")
-    ids = sorted([*vocab.values(), *special.values()])
-    refuse_unless(len(set(ids)) == len(ids) and 0 <= ids[0] and ids[-1] < 2 * len(ids),
-                  f"its {len(ids):,} tokens have the ids {ids[0]} to {ids[-1]}, not one each")
-    refuse_unless(len(model["merges"]) <= 1_000_000, f"it has {len(model['merges']):,} merges")
-    made = [vocab.get(merge.replace(" ", "") if isinstance(merge, str) else "".join(merge))
-            for merge in model["merges"]]
+    ids = {*vocab.values(), *special.values()}
+    require(len(ids) == len(vocab | special) and 0 <= min(ids) <= max(ids) < 2 * len(ids),
+            f"its {len(ids):,} ids, {min(ids)} to {max(ids)}, are not one for each token")
+    made = [vocab.get("".join(merge).replace(" ", "")) for merge in model["merges"]]
     longer = {rank for token, rank in vocab.items() if len(token) > 1}
-    refuse_unless(None not in made and made == sorted(made) and longer and (
-        longer == set(made) or model.get("ignore_merges")),
-        "its merges do not make its tokens in the order of the ids")
+    complete = model.get("ignore_merges") or longer == set(made)
+    require(longer and complete and None not in made and made == sorted(made),
+            "its merges do not make its tokens in the order of the ids")
     ranks = {rank: base64.b64encode(bytes(byte_of[c] for c in token)).decode()
              for token, rank in vocab.items()}
-    return dict(pattern=split_pattern(file.get("pre_tokenizer") or {}), special=special,
+    return dict(pattern=patterns[0], special=special,
                 ranks=[ranks.get(rank) for rank in range(max(ranks) + 1)])
 
 
-LLAMA3_NAMES = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-# What comes before and after a question; the system message of Llama 3.1 and 3.2 has a fixed date.
-LLAMA3_SYSTEM = ("<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: "
-                 "December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>")
-LLAMA3_CHAT = ("<|start_header_id|>user<|end_header_id|>\n\n",
-               "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
+START, HEADER = "<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n"
+USER, ANSWER = HEADER.format("user"), "<|eot_id|>" + HEADER.format("assistant")
+LLAMA3_SYSTEM = HEADER.format("system") + (
+    "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>")
 SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-SMOLLM2_CHAT = (f"<|im_start|>system\n{SMOLLM2_SYSTEM}<|im_end|>\n<|im_start|>user\n",
-                "<|im_end|>\n<|im_start|>assistant\n")
+CHATS = (  # words of a chat template, and what it puts before and after a question
+    ("Cutting Knowledge Date", START + LLAMA3_SYSTEM + USER, ANSWER),
+    ("<|start_header_id|>", START + USER, ANSWER),
+    (SMOLLM2_SYSTEM, f"<|im_start|>system\n{SMOLLM2_SYSTEM}<|im_end|>\n<|im_start|>user\n",
+     "<|im_end|>\n<|im_start|>assistant\n"),
+    ("no template", START, "\n"), ("no template", "", "\n"))  # a base model's
 
 
 def optional_json(folder, name):
     """The dict in a JSON file, {} if there is none."""
-    path = os.path.join(folder, name)
-    return read_json(path) if os.path.isfile(path) else {}
+    path = Path(folder, name)
+    return read_json(path) if path.is_file() else {}
 
 
-def chat_template(folder):
-    """The chat template in a model's folder, None if it has none."""
-    path = os.path.join(folder, "chat_template.jinja")
-    if os.path.isfile(path):
-        with open(path, encoding="utf-8") as file:
-            return file.read()
-    template = optional_json(folder, "tokenizer_config.json").get("chat_template")
-    if isinstance(template, list):  # several, with names
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template
-
-
-def chat_format(template, special, instruct):
-    """{chat, trim, eos} for a chat template, which is recognised, not run.
-
-    instruct: is a Llama 3 without a template Instruct's? Any other is a base model, whose prompt is
-    the text and a newline.
-    """
-    llama3, start = set(LLAMA3_NAMES) <= special.keys(), LLAMA3_NAMES[0]
-    if llama3 and template is None and instruct:
-        template = LLAMA3_SYSTEM
-    if template is None:
-        chat = (start if start in special else "", "\n")
-        ends = ("<|end_of_text|>", "<|endoftext|>")
-    elif llama3 and "<|start_header_id|>" in template:
-        system = LLAMA3_SYSTEM if "Cutting Knowledge Date" in template else ""
-        chat = (start + system + LLAMA3_CHAT[0], LLAMA3_CHAT[1])
-        ends = ("<|eot_id|>", "<|end_of_text|>", "<|eom_id|>")
-    elif SMOLLM2_SYSTEM in template and {"<|im_start|>", "<|im_end|>"} <= special.keys():
-        chat, ends = SMOLLM2_CHAT, ("<|im_end|>", "<|endoftext|>")
-    else:
-        raise ValueError("its chat template is neither Llama 3's nor SmolLM2's")
-    items = [[item for item in re.split(r"(<\|\w+\|>)", text) if item] for text in chat]
-    return dict(chat=items, trim="<|eot_id|>" in ends, eos=[end for end in ends if end in special])
+def chat_of(folder, special, default):
+    """What comes before and after a question, each as a list of special tokens and texts. The
+    folder's chat template, `default` if it has none, is recognised, not run."""
+    path = Path(folder, "chat_template.jinja")
+    template = path.read_text("utf-8") if path.is_file() else optional_json(
+        folder, "tokenizer_config.json").get("chat_template")
+    for words, *chat in CHATS:
+        chat = [[part for part in re.split(r"(<\|\w+\|>)", text) if part] for text in chat]
+        known = all(part in special for parts in chat for part in parts if part[:2] == "<|")
+        if known and words in str(template or default):  # a list if there are several
+            return chat
+    raise ValueError("its chat template is neither Llama 3's nor SmolLM2's")
 
 
 def read_tokenizer(folder):
     """The definition of data.Tokenizer, {pattern, ranks, special, chat, trim, eos}, of a folder.
 
-    pattern: regex that cuts a text into pieces; ranks: base64 of each id's bytes, null where it is
-    special; chat: what comes before and after a question, which trim strips; eos: names. Llama 3's
-    tokenizer.model counts first (Meta has it in original/), then tokenizer.json. Raises
-    FileNotFoundError if there is neither, ValueError saying why a file cannot be used.
+    Llama 3's tokenizer.model counts first (Meta has it in original/), then tokenizer.json.
+    FileNotFoundError if there is neither, ValueError if it cannot be used.
     """
-    names = ("tokenizer.model", "original/tokenizer.model", "tokenizer.json")
-    paths = [path for name in names if os.path.isfile(path := os.path.join(folder, name))]
-    if not paths:
-        raise FileNotFoundError(f"no tokenizer in {folder}: expected tokenizer.model or .json")
+    paths = [Path(folder, name) for name in
+             ("tokenizer.model", "original/tokenizer.model", "tokenizer.json")]
+    paths = [path for path in paths if path.is_file() and path.read_bytes()[:1] != b"\n"]
+    if not paths:  # sentencepiece's begins with a newline
+        raise FileNotFoundError(f"no tokenizer in {folder}: expected tokenizer.json, or Llama 3's "
+                                f"tokenizer.model (not one of sentencepiece)")
     with naming(f"the tokenizer in {folder}"):
-        path = next((path for path in paths if path.endswith(".json") or is_tiktoken(path)), None)
-        refuse_unless(path, "tokenizer.model is not Llama 3's but probably a sentencepiece file")
-        found = read_byte_bpe(path) if path.endswith(".json") else read_tiktoken(path)
-        # A tokenizer.model beside a tokenizer_config.json without a template is a base model's.
-        silent = not os.path.isfile(os.path.join(folder, "tokenizer_config.json"))
-        found |= chat_format(chat_template(folder), found["special"],
-                             instruct=silent or path.endswith(".json"))
-        names = {token: name for name, token in found["special"].items()}
+        is_json, default = paths[0].suffix == ".json", "no template"
+        found = (read_byte_bpe if is_json else read_tiktoken)(paths[0])
+        if is_json or not Path(folder, "tokenizer_config.json").is_file():
+            default = "Cutting Knowledge Date, or no template"  # a Llama 3 is Instruct's
+        before, after = chat_of(folder, found["special"], default)
         config = optional_json(folder, "config.json")
-        config |= optional_json(folder, "generation_config.json")
-        for end in as_list(config.get("eos_token_id")):
-            refuse_unless(end in names, f"its eos_token_id, {end}, is not a special token")
-            found["eos"] = list(dict.fromkeys([*found["eos"], names[end]]))
-        return found
+        ids = eos_list(config | optional_json(folder, "generation_config.json"))
+        names = {token: name for name, token in found["special"].items()}
+        require(set(ids) <= names.keys(), f"its eos_token_id, {ids}, is not of special tokens")
+        ends = [after[0], "<|end_of_text|>", "<|endoftext|>", "<|eom_id|>", *map(names.get, ids)]
+        eos = list(dict.fromkeys(end for end in ends if end in found["special"]))
+        return found | dict(chat=[before, after], trim=after[0] == "<|eot_id|>", eos=eos)
 
 
-# ---------------------------------------------------------------------------- data sets
+# ---- data sets
 HUB = {  # task: (repository, configuration, splits)
     "gsm8k": ("openai/gsm8k", "main", ("train", "test")),
     "math500": ("HuggingFaceH4/MATH-500", None, ("test",)),
@@ -575,19 +429,12 @@ HUB = {  # task: (repository, configuration, splits)
 
 def dataset_rows(task, split, rows=None):
     """The rows of a task of HUB as dicts; with rows = (first, end) those only, streamed.
-
-    Raises ValueError if there is no such split, no package `datasets`, no network, or no row.
-    """
+    ValueError if there is no such split, no network, or no row."""
     repository, configuration, splits = HUB[task]
-    refuse_unless(split in splits, f"{task} has no {split} split: it has {' and '.join(splits)}")
-    try:
+    require(split in splits, f"{task} has no {split} split: it has {' and '.join(splits)}")
+    with naming(f"{repository} (without a network pass a .jsonl file instead of {task})"):
         import datasets
         found = datasets.load_dataset(repository, configuration, split=split, streaming=bool(rows))
         found = [dict(row) for row in itertools.islice(found, *rows or (None,))]
-    except Exception as error:  # its own kinds, httpx's, OSError, no such package: no rows
-        raise ValueError(
-            f"could not load {repository} from the Hugging Face Hub ({type(error).__name__}: "
-            f"{first_line(error)[:200]}): check the network and `pip install datasets`, or pass a "
-            f".jsonl file instead of {task}") from None
-    refuse_unless(found, f"{task} has no rows {' to '.join(map(str, rows or []))}")
+    require(found, f"{task} has no rows {' to '.join(map(str, rows or []))}")
     return found

@@ -18,9 +18,8 @@ Glossary for every file. Sizes in shape comments, tensors in code:
     V, W  vocab_size, d_conv  tokens; convolution taps   h      state of the recurrence
 
 The tensors B, C, D clash with the sizes B, D as they do in the papers: `B (B, L, G, N)` is the
-matrix B. Parameters carry their upstream names: Hugging Face's for Llama, MambaInLlama's for
-"mamba", Llamba's for "mamba2". Follows transformers' modeling_llama.py, MambaInLlama's
-mamba/hybrid_mamba_layer.py and modeling_llamba.py of cartesia-ai/edge.
+matrix B. Parameters have the names of the code this follows: transformers' modeling_llama.py,
+MambaInLlama's mamba/hybrid_mamba_layer.py ("mamba"), cartesia-ai/edge's Llamba ("mamba2").
 """
 import dataclasses
 import functools
@@ -31,6 +30,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import common
 import decode_kernels
 import hub
 import kernels
@@ -44,13 +44,13 @@ class Config:
     n_layers: int = 4
     n_heads: int = 4
     n_kv_heads: int | None = None  # None: n_heads
-    head_dim: int | None = None  # None: d_model / n_heads; a mixer's width is n_heads x head_dim
+    head_dim: int | None = None  # None: d_model / n_heads
     d_ff: int = 192
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # Llama 3's, see stretched
     norm_eps: float = 1e-5
     tie_embeddings: bool = True  # one matrix for tokens in and logits out
-    max_length: int = 2048  # longest sequence the model was made for; nothing is allocated by it
+    max_length: int = 2048  # longest sequence the model was made for
     mixers: list | None = None  # a word of MIXERS for each layer; None: attention everywhere
     d_state: int | None = None  # None: 16 in "mamba", head_dim in "mamba2"
     d_conv: int = 4
@@ -65,7 +65,7 @@ class Config:
         check(self)
 
 
-# ---------------------------------------------------------------------------- Llama
+# ---- Llama
 class RMSNorm(nn.Module):
     """x / rms(x) * weight (Zhang & Sennrich 2019)."""
 
@@ -80,7 +80,7 @@ class RMSNorm(nn.Module):
 
 def rope_frequencies(config):
     """Angle per position of each pair of channels, (P / 2,) float32 (Su et al. 2021)."""
-    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
+    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
     return stretched(config.rope_theta ** -(pairs / config.head_dim), config.rope_scaling)
 
 
@@ -94,9 +94,10 @@ class Attention(nn.Module):
     """Causal grouped-query attention with RoPE (Touvron et al. 2023; Ainslie et al. 2023).
 
     Its cache holds the keys and values of all past tokens: it grows, and every new token reads all
-    of it. That is what the mixers below do without.
+    of it. That is what the mixers below do without. Every mixer names its module in checkpoints
+    (key), its last product, and the weights that stay float32 in a bfloat16 model.
     """
-    key, output, float32 = "self_attn", "o_proj", ()  # see Block, reset_parameters, weight_dtype
+    key, output, float32 = "self_attn", "o_proj", ()
 
     def __init__(self, config):
         super().__init__()
@@ -149,7 +150,7 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-# ---------------------------------------------------------------------------- Mamba
+# ---- Mamba
 class Mamba(nn.Module):
     """MambaInLlama's Mamba-1 mixer (Wang et al. 2024): x, B, C, out where v, k, q, o stood.
 
@@ -203,14 +204,13 @@ class Mamba(nn.Module):
         C = self.C_proj(u).unflatten(-1, (-1, self.d_state))  # (B, L, G, N)
         dt = F.linear(self.dt_proj_down(u), self.dt_proj.weight)  # (B, L, D); the scan adds b
         x = F.silu(convolve(self.conv1d, x, cache, reads))
+        dt = masked(dt, reads, float("-inf"))  # padding makes no step in time: softplus(-inf) = 0
         A = -torch.exp(self.A_log.float())  # (D, N)
         rest = dict(D=self.D, dt_bias=self.dt_proj.bias.float(), dt_softplus=True)
         if cache is not None and reads.is_step:
             x, dt, B, C, z = (v[:, 0] for v in (x, dt, B, C, z))
             y = kernels.selective_step(cache["h"], x, dt, A, B, C, z=z, **rest)[:, None]
         else:
-            if reads is not None and reads.valid is not None:  # padding makes no step in time
-                dt = dt.masked_fill(~reads.valid[..., None], float("-inf"))  # softplus(-inf) = 0
             y, h = kernels.selective_scan(x, dt, A, B, C, z=z, h0=cache and cache["h"], **rest)
             keep(cache, h=h)
         return self.out_proj(y)  # (B, L, D) -> (B, L, d_model)
@@ -249,28 +249,23 @@ class Mamba2(nn.Module):
                     h=like.new_zeros(shape, dtype=state_dtype))
 
     def project(self, u, cache=None, reads=None):
-        """x, v (B, L, H, P), B, C (B, L, H, N), z (B, L, D), log decay (B, L, H) float32.
-
-        v is what enters the state, here x itself.
-        """
+        """x (B, L, H, P), B, C (B, L, H, N), z (B, L, D), log decay (B, L, H) float32."""
         xBC, z, a = self.in_proj(u).split([self.mixed, *self.sizes[3:]], dim=-1)
         xBC = convolve(self.conv1d, xBC, cache, reads)  # (B, L, D + 2 H N)
         x, B, C = (w.unflatten(-1, (self.n_heads, -1)) for w in xBC.split(self.sizes[:3], dim=-1))
-        return x, x, B, C, z, -F.softplus(a.float() + self.A_log_bias.float())
+        return x, B, C, z, -F.softplus(a.float() + self.A_log_bias.float())
 
     def gate(self, y, z):
         return y * F.silu(z + self.z_bias)
 
     def forward(self, u, rope, cache=None, reads=None):  # u (B, L, d_model); no use for rope
-        x, v, B, C, z, log_decay = self.project(u, cache, reads)
+        x, B, C, z, log_decay = self.project(u, cache, reads)
+        B, log_decay = masked(B, reads, 0), masked(log_decay, reads, 0)  # padding changes no state
         if cache is not None and reads.is_step:
-            v, log_decay, B, C = (w[:, 0] for w in (v, log_decay, B, C))
-            y = kernels.ssd_step(cache["h"], v, log_decay, B, C)[:, None]  # (B, 1, H, P)
+            now = (v[:, 0] for v in (x, log_decay, B, C))
+            y = kernels.ssd_step(cache["h"], *now)[:, None]  # (B, 1, H, P)
         else:
-            if reads is not None and reads.valid is not None:  # padding: nothing enters or decays
-                v = v * reads.valid[..., None, None]
-                log_decay = log_decay * reads.valid[..., None]
-            y, h = kernels.ssd(v, log_decay, B, C, h0=cache and cache["h"],
+            y, h = kernels.ssd(x, log_decay, B, C, h0=cache and cache["h"],
                                chunk=64 if u.is_cuda else 32)  # (B, L, H, P)
             keep(cache, h=h)
         y = (y + self.D[:, None].to(y.dtype) * x).flatten(2)  # (B, L, D)
@@ -278,7 +273,7 @@ class Mamba2(nn.Module):
 
     def mixing_matrix(self, u, rope):
         """T with D on its diagonal, (B, H, L, L) float32: MOHAWK compares it with attention's."""
-        _, _, B, C, _, log_decay = self.project(u)
+        _, B, C, _, log_decay = self.project(u)
         skip = torch.diag_embed(self.D.float()[:, None].expand(-1, u.shape[1]))  # (H, L, L)
         return kernels.mixing_matrix(log_decay, B.float(), C.float()) + skip
 
@@ -287,7 +282,7 @@ class Mamba2(nn.Module):
 MIXERS = {"attention": Attention, "mamba": Mamba, "mamba2": Mamba2}
 
 
-# ---------------------------------------------------------------------------- the model
+# ---- the model
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + MLP(norm(x)). The mixer is all that distillation replaces."""
 
@@ -302,7 +297,7 @@ class Block(nn.Module):
     mixer = property(lambda self: getattr(self, self.key))
 
     def mixing_matrix(self, x, rope):
-        """How the mixer combines tokens, given the block's input: (B, H, L, L)."""
+        """The mixer's matrix, given the block's input x: (B, H, L, L)."""
         return self.mixer.mixing_matrix(self.input_layernorm(x), rope)
 
     def forward(self, x, rope, cache=None, reads=None):  # (B, L, d_model)
@@ -315,7 +310,7 @@ class LM(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.frequencies = config, rope_frequencies(config)
         self.model = nn.Module()
         table = torch.empty(config.vocab_size, config.d_model)  # filled by reset_parameters
         self.model.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
@@ -347,12 +342,9 @@ class LM(nn.Module):
         return State(lengths, [block.mixer.init_cache(batch, max_length, like, state_dtype)
                                for block in self.layers])
 
-    frequencies = functools.cached_property(lambda self: rope_frequencies(self.config))
-
     def rope(self, positions):
         """cos and sin at positions (B, L), each (B, 1, L, P/2) in the model's dtype."""
-        if self.frequencies.device != positions.device:  # once: a copy waits for the host
-            self.frequencies = self.frequencies.to(positions.device)
+        self.frequencies = self.frequencies.to(positions.device)  # copied once, then in place
         angles = positions[:, None, :, None].float() * self.frequencies
         return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
 
@@ -381,12 +373,11 @@ class LM(nn.Module):
     def forward(self, tokens, state=None, counts=None):
         """tokens (B, L) int64 -> logits (B, L, V).
 
-        With a state the tokens continue each row from where it stands, and the state moves on, in
-        place. With counts (B,), row b has counts[b] tokens and the rest is padding on its right;
-        logits (B, 1, V) are then those of each row's last token.
+        With a state the tokens continue each row, and the state moves on, in place. With counts
+        (B,) row b has counts[b] tokens, the rest is padding on its right, and logits (B, 1, V) are
+        those of each row's last token.
         """
-        grad = torch.is_grad_enabled() and state is None  # gradients could not follow the caches
-        with torch.set_grad_enabled(grad):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and state is None):
             for x in self.hidden_states(tokens, state, counts):
                 pass  # only the last one is needed, and only one at a time is kept
             if counts is not None:
@@ -396,18 +387,18 @@ class LM(nn.Module):
     def num_parameters(self):
         return sum(parameter.numel() for parameter in self.parameters())
 
-    # save_pretrained and from_pretrained stand below the line
+    # LM.save_pretrained and LM.from_pretrained stand below the line.
 
 
-# ---------------------------------------------------------------------------- teacher -> student
+# ---- teacher -> student
 UNIT_GATE = 1.278464542761  # SiLU(UNIT_GATE) = 1
 LONGEST_MEMORY, SHORTEST_MEMORY = -6.0, 0.0  # a_bias of the first, last head: decay 0.998, 0.5
 
 
 def student_from(teacher, mixers, d_state=None, transfer=True):
-    """A student with the teacher's weights, in which other mixers replace attention.
+    """The teacher with other mixers in place of attention, its weights copied.
 
-    Everything outside the replaced mixers is copied. Inside them (Wang et al. 2024, figure 2):
+    What is outside the replaced mixers stays as it is. Inside (Wang et al. 2024, figure 2):
 
         attention           "mamba"             "mamba2"
         q_proj  (H P, d)    C_proj              rows C of in_proj
@@ -415,14 +406,17 @@ def student_from(teacher, mixers, d_state=None, transfer=True):
         v_proj  (K P, d)    in_proj_x           rows x of in_proj, kv heads repeated to H
         o_proj  (d, H P)    out_proj            out_proj
 
-    To see what this is worth: transfer=False leaves the projections of new mixers at their random
-    start, and a d_state of mamba2 other than head_dim leaves no place to copy q and k to.
-    ValueError for an unknown mixer, or a layer that cannot be made from its teacher's.
+    transfer=False leaves these at their random start, to see what the transfer is worth. A d_state
+    of mamba2 other than head_dim leaves no place for q and k. ValueError for a layer that cannot be
+    made from its teacher's.
     """
     config = dataclasses.replace(teacher.config, mixers=list(mixers),
                                  d_state=d_state or teacher.config.d_state)
     student = LM(config)
-    copy_same_names(student, teacher)
+    try:
+        student.load_state_dict(teacher.state_dict(), strict=False)  # all that has the same name
+    except RuntimeError:
+        raise ValueError(f"d_state = {d_state}: a mixer that is kept has another") from None
     for i, (block, source) in enumerate(zip(student.layers, teacher.layers)):
         if type(block.mixer) is type(source.mixer):
             continue
@@ -435,11 +429,8 @@ def student_from(teacher, mixers, d_state=None, transfer=True):
 
 
 def mamba_from_attention(mamba, attention, transfer):
-    """Q to C, K to B, V to x, O to out.
-
-    It cannot start as a copy of the teacher: SiLU follows the convolution, and the gate SiLU(W_z u)
-    has no bias. The convolution passes the current token; gate and dt keep their random start.
-    """
+    """Move q, k, v, o; the convolution passes the current token, gate and dt stay random: a SiLU
+    behind the convolution and a gate without bias allow no copy of attention's matrix."""
     if transfer:
         mamba.C_proj.weight.copy_(attention.q_proj.weight)
         mamba.B_proj.weight.copy_(attention.k_proj.weight)
@@ -449,11 +440,11 @@ def mamba_from_attention(mamba, attention, transfer):
 
 
 def mamba2_from_attention(mamba2, attention, transfer):
-    """Q to C, K to B, V to x, O to out: what is left of the difference is the softmax.
+    """Move q, k, v, o; only softmax and decay then tell the mixer from attention.
 
     The convolution is the identity, the gate SiLU(UNIT_GATE) = 1, the skip D is 0. Decays start
-    slow, with one memory per head, the same for every token: a state that forgets within a few
-    tokens gets no gradient for what it should have kept.
+    slow, another for each head: a state that forgets within a few tokens gets no gradient for what
+    it should have kept.
     """
     def repeat(weight):  # (K P, d) -> (H P, d): kv heads for the query heads that share them
         heads = weight.unflatten(0, (-1, attention.head_dim))
@@ -491,31 +482,30 @@ def identity_convolution(conv):
 
 def check(config):
     """ValueError for a Config that no model can have. What a mixer cannot take, it says itself."""
-    if len(config.mixers) != config.n_layers:
-        raise ValueError(f"mixers has {len(config.mixers)} entries for n_layers = "
-                         f"{config.n_layers}")
-    if unknown := [mixer for mixer in config.mixers if mixer not in MIXERS]:
-        raise ValueError(f"unknown mixer {unknown[0]!r}: choose from {', '.join(MIXERS)}")
-    if config.n_heads % config.n_kv_heads:
-        raise ValueError(f"n_heads = {config.n_heads} is not a multiple of "
-                         f"n_kv_heads = {config.n_kv_heads}")
-    if config.head_dim % 2:
-        raise ValueError(f"head_dim = {config.head_dim} is odd: RoPE rotates pairs of channels")
+    mixers, heads, kv_heads = config.mixers, config.n_heads, config.n_kv_heads
+    unknown = [mixer for mixer in mixers if mixer not in MIXERS]
+    for wrong, complaint in (
+            (len(mixers) != config.n_layers,
+             f"mixers has {len(mixers)} entries for n_layers = {config.n_layers}"),
+            (unknown, f"unknown mixer {unknown[:1]}: choose from {', '.join(MIXERS)}"),
+            (heads % kv_heads, f"n_heads = {heads} is no multiple of n_kv_heads = {kv_heads}"),
+            (config.head_dim % 2, f"head_dim = {config.head_dim} is odd: RoPE rotates pairs")):
+        if wrong:
+            raise ValueError(complaint)
     rope_frequencies(config)  # refuses an unknown kind of RoPE now, not at the first token
 
 
 def stretched(frequencies, scaling):
     """Llama 3's frequencies for a longer context: low ones are slowed down by `factor`, high ones
-    kept, and those between blended. ValueError for any other kind of scaling."""
+    kept, those between blended. ValueError for any other kind of scaling."""
     scaling = scaling or {"rope_type": "default"}
     kind = scaling.get("rope_type", scaling.get("type", "llama3"))
-    if kind not in ("default", "llama3"):
-        raise ValueError(f"unsupported RoPE type {kind!r}: 'default' and 'llama3' are implemented")
     if kind == "default":
         return frequencies
+    if kind != "llama3":
+        raise ValueError(f"unsupported RoPE type {kind!r}: 'default' and 'llama3' are implemented")
     keys = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
-    if missing := [key for key in keys if key not in scaling]:
-        raise ValueError(f"llama3 RoPE scaling lacks {', '.join(missing)}")
+    common.check_fields(scaling, dict.fromkeys(keys, float), "llama3 RoPE scaling")
     factor, low, high, original = (scaling[key] for key in keys)
     turns = original * frequencies / (2 * math.pi)  # full turns within the original context
     kept = ((turns - low) / (high - low)).clamp(0, 1)
@@ -523,10 +513,8 @@ def stretched(frequencies, scaling):
 
 
 class State:
-    """Where every row of a batch stands: its length, and each layer's cache.
-
-    lengths (B,) int64; layers: a dict of tensors per layer, with the rows in front in all of them.
-    """
+    """Where every row of a batch stands: lengths (B,) int64, and for each layer its cache, a dict
+    of tensors with the rows in front."""
 
     def __init__(self, lengths, layers):
         self.lengths, self.layers = lengths, layers
@@ -539,10 +527,7 @@ class State:
                 mine[name][(rows, *map(slice, tensor.shape[1:]))] = tensor[places]
 
     def select(self, rows):
-        """Keep these rows, in this order and in place: sorts or shrinks a batch.
-
-        Of keys and values (B, K, T, P) only the columns that are used move.
-        """
+        """Keep these rows, in this order, in place; of keys and values only used columns move."""
         used = slice(max(self.lengths.tolist(), default=0))
         self.lengths = self.lengths[rows]
         for layer in self.layers:
@@ -563,7 +548,7 @@ class CacheReads:
     ROWS = 32
 
     def __init__(self, state, length, dtype, counts=None):
-        device, self.counts, self.dtype, self.cached = state.lengths.device, counts, dtype, None
+        device, self.counts, self.dtype = state.lengths.device, counts, dtype
         steps = torch.arange(length, device=device)  # (L,)
         self.positions = state.lengths[:, None] + steps  # (B, L)
         self.valid = None if counts is None else steps < counts[:, None]  # (B, L)
@@ -574,29 +559,28 @@ class CacheReads:
         self.rows = rows.expand_as(self.positions)[self.real]
         self.columns = self.positions[self.real]
 
+    @functools.cached_property
     def groups(self):
         """(rows, columns to read, mask (rows, 1, L, columns)) of every ROWS rows.
 
-        Reading all rows up to the longest would waste most of the memory traffic that decoding is
-        made of, so each group is read up to its own longest (sample.py sorts rows by length).
+        Decoding is made of memory traffic: a group is read up to its own longest row only, and
+        sample.py sorts rows by length.
         """
-        if self.cached is None:
-            self.cached = []
-            for start in range(0, len(self.lengths), self.ROWS):
-                rows = slice(start, start + self.ROWS)
-                longest = int(self.lengths[rows].max())
-                columns = torch.arange(longest, device=self.lengths.device)
-                later = columns > self.positions[rows, None, :, None]  # (rows, 1, L, columns)
-                mask = torch.zeros(later.shape, dtype=self.dtype, device=later.device)
-                self.cached.append((rows, longest, mask.masked_fill_(later, float("-inf"))))
-        return self.cached
+        groups = []
+        for start in range(0, len(self.lengths), self.ROWS):
+            rows = slice(start, start + self.ROWS)
+            longest = int(self.lengths[rows].max())
+            columns = torch.arange(longest, device=self.lengths.device)
+            later = columns > self.positions[rows, None, :, None]  # (rows, 1, L, columns)
+            mask = torch.zeros(later.shape, dtype=self.dtype, device=later.device)
+            groups.append((rows, longest, mask.masked_fill_(later, float("-inf"))))
+        return groups
 
 
 def attend_to_cache(q, k, v, cache, reads):
     """Write k and v behind each row's past, then attend to what the row has used: (B, H, L, P).
 
-    The H/K query heads of a kv head are laid out as rows of queries of that head, so that the cache
-    is read in place.
+    The H/K query heads of a kv head become rows of queries of that head: nothing is copied.
     """
     keys, values = cache["keys"], cache["values"]  # (B, K, T, P)
     keys[reads.rows, :, reads.columns] = k.transpose(1, 2)[reads.real]
@@ -609,15 +593,13 @@ def attend_to_cache(q, k, v, cache, reads):
     y = torch.cat([F.scaled_dot_product_attention(
         q[rows], keys[rows, :, :longest], values[rows, :, :longest],
         attn_mask=mask if length == 1 else mask.repeat(1, 1, group, 1))
-        for rows, longest, mask in reads.groups()])  # (B, K, H/K L, P)
+        for rows, longest, mask in reads.groups])  # (B, K, H/K L, P)
     return y.view(batch, heads, length, -1)
 
 
 def convolve(conv, x, cache, reads):
-    """The causal convolution of x (B, L, D): each channel's last W tokens, weighted.
-
-    `past` in the cache holds the W-1 tokens before x; a row's new past ends where the row does, not
-    where its padding does.
+    """The causal convolution of x (B, L, D): each channel's last W tokens, weighted. The cache has
+    the W-1 tokens before x; a row's new past ends where the row does, not where its padding does.
     """
     if cache is None:
         return kernels.causal_conv(x, conv.weight, conv.bias)[0]
@@ -628,19 +610,17 @@ def convolve(conv, x, cache, reads):
     return y
 
 
+def masked(x, reads, value):
+    """x (B, L, ...) with `value` where a token is padding."""
+    if reads is None or reads.valid is None:
+        return x
+    return x.masked_fill(~reads.valid.view(*x.shape[:2], *[1] * (x.dim() - 2)), value)
+
+
 def keep(cache, **tensors):
     """Write tensors into a cache, if there is one."""
     for name, tensor in tensors.items() if cache is not None else ():
         cache[name].copy_(tensor)
-
-
-def copy_same_names(student, teacher):
-    """Give a student all weights of its teacher that have the same name."""
-    try:
-        student.load_state_dict(teacher.state_dict(), strict=False)
-    except RuntimeError:
-        raise ValueError(f"d_state = {student.config.d_state}: a mixer that is kept has "
-                         f"another") from None
 
 
 def weight_dtype(lm, name, dtype):
@@ -673,7 +653,7 @@ def from_pretrained(cls, path_or_repo, device=None, dtype=None):
     shapes = {name: tuple(tensor.shape) for name, tensor in lm.state_dict().items()}
 
     def place(name, tensor):
-        return tensor.to(device, weight_dtype(lm, name, dtype))
+        return tensor.to(device, weight_dtype(lm, name, dtype), copy=True)
     lm.load_state_dict(hub.read_tensors(folder, shapes, place), assign=True)
     return lm
 
@@ -688,8 +668,8 @@ class Mamba2WithStep(Mamba2):
         decay = exp(-dt exp(A_log))           h_t = decay_t h_{t-1} + dt_t x_t B_t^T
         out = W_o norm(y * SiLU(z + z_bias)), an RMS norm over each head's channels
 
-    Follows MambaInLlama's mamba2/hybrid_mamba_layer.py. It runs what was released: student_from
-    makes none, and it has no matrix to orient.
+    Follows MambaInLlama's mamba2/hybrid_mamba_layer.py. It runs what was released; student_from
+    makes none.
     """
     float32 = "A_log_bias", "A_log", "D"
     mixing_matrix = None
@@ -700,10 +680,10 @@ class Mamba2WithStep(Mamba2):
         self.norm = RMSNorm(self.sizes[0], eps=1e-5)
 
     def project(self, u, cache=None, reads=None):
-        x, _, B, C, z, log_decay = super().project(u, cache, reads)
-        x, B, C, dt = F.silu(x), F.silu(B), F.silu(C), -log_decay  # dt (B, L, H)
-        v = (dt[..., None] * x).to(x.dtype)
-        return x, v, B, C, z, log_decay * self.A_log.float().exp()
+        x, B, C, z, log_decay = super().project(u, cache, reads)
+        dt = -log_decay[..., None]  # (B, L, H, 1)
+        B = (dt * F.silu(B)).to(B.dtype)  # dt scales what enters the state, x B^T
+        return F.silu(x), B, F.silu(C), z, log_decay * self.A_log.float().exp()
 
     def gate(self, y, z):
         heads = super().gate(y, z).unflatten(-1, (self.n_heads, -1)).float()  # (B, L, H, P)

@@ -1,32 +1,29 @@
-"""Several processes: those of torchrun, which share one training or one sampling, and those that
-train students beside each other on a CPU.
+"""Several processes: torchrun's share one training or one sampling, run_all's have a job each.
 
-Under torchrun, N processes train one model with PyTorch's FSDP2: each keeps 1/N of every weight,
-gradient and moment, and computes its pieces of every batch. A block's weights are gathered, in
-float32, around its call. Checkpoints hold whole tensors, so that a run can go on with another N.
-Outside torchrun there is one process, and what is said about others does nothing.
+Under torchrun FSDP2 gives each process its part of every weight, gradient and moment; a block's
+weights are gathered, in float32, around its call. Checkpoints hold whole tensors: a run can go on
+with more or fewer processes. Without torchrun there is one.
 """
 import contextlib
 import datetime
 import multiprocessing
-import multiprocessing.connection
 import os
 import sys
 import threading
 import time
+from multiprocessing.connection import wait as wait_for
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict,
-    set_optimizer_state_dict)
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_state_dict,
+                                                     set_state_dict)
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from common import locked, run
 
 
-# ---------------------------------------------------------------------------- torchrun
+# ---- torchrun
 def rank():
     """Which of the processes this is; 0 is the first."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -51,76 +48,66 @@ def total(value):
 
 
 @contextlib.contextmanager
-def first_alone():
-    """What is made on disk in here is made by the first process and found by the others."""
-    if rank():
-        wait()
-    yield
-    if not rank():
-        wait()
-
-
-@contextlib.contextmanager
 def exclusively(folder):
-    """Work in a folder where no other command works; the first process locks it for all."""
+    """Work in a folder where no other command works: the first process locks it."""
     with contextlib.nullcontext() if rank() else locked(folder):
+        wait()  # until it is there
         yield folder
 
 
 @contextlib.contextmanager
 def processes(device):
-    """Meet the other processes of torchrun. Only the first one prints; all end with the block."""
+    """Meet torchrun's other processes. Only the first one prints; all end with the block."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    gpus = torch.cuda.device_count() if device != "cpu" else 0
-    patience = datetime.timedelta(days=1)  # some wait while one works
-    dist.init_process_group("nccl" if gpus else "gloo", timeout=patience)
+    gpus, here = torch.cuda.device_count() * (device != "cpu"), int(os.environ["LOCAL_WORLD_SIZE"])
+    day = datetime.timedelta(days=1)  # some wait while one works
+    dist.init_process_group("nccl" if gpus else "gloo", timeout=day)
     try:
-        here = int(os.environ["LOCAL_WORLD_SIZE"])
         if 0 < gpus < here:
-            raise ValueError(f"--nproc_per_node={here} needs as many GPUs, and PyTorch finds "
-                             f"{gpus} here: lower it, or use --device cpu")
+            raise ValueError(f"--nproc_per_node={here}, but PyTorch finds {gpus} GPUs: lower it, "
+                             f"or use --device cpu")
         if gpus:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         with contextlib.redirect_stdout(open(os.devnull, "w") if rank() else sys.stdout):
             yield
-    except (ValueError, OSError):
-        if rank():  # what all run into is said by the first one, whose end ends the others
-            time.sleep(5)
+    except Exception:
+        if rank():
+            time.sleep(5)  # the first one speaks for all, and its end ends the others
         raise
     wait()
     dist.destroy_process_group()
     sys.stdout.flush()
-    os._exit(0)  # in the usual end PyTorch's threads race with Python's: one in twenty aborts
+    os._exit(0)  # else PyTorch's threads race with Python's: one end in twenty aborts
 
 
-# ---------------------------------------------------------------------------- FSDP2
+# ---- FSDP2
 class Pair(nn.Module):
-    """A model in training and its teacher (or None), as one module: what FSDP wraps, so that their
-    embeddings are gathered around the whole loss."""
+    """A model in training and its teacher or None: FSDP gathers their embeddings around a loss."""
 
     def __init__(self, lm, teacher=None):
         super().__init__()
         self.lm, self.teacher = lm, teacher
+        self.blocks = (*lm.layers, *(teacher.layers if teacher else ()))
 
     def forward(self, loss, batch):
         return loss(self.lm, self.teacher, batch)
 
 
 def shard(pair, device):
-    """The Pair, spread over the processes, if there are several."""
-    if world() > 1:
-        mesh = dist.device_mesh.init_device_mesh(device.type, (world(),))
-        for block in (*pair.lm.layers, *(pair.teacher.layers if pair.teacher else ())):
-            fully_shard(block, mesh=mesh)
-            register_fsdp_forward_method(block, "mixing_matrix")  # gathers around this call too
-        fully_shard(pair, mesh=mesh)
-    return pair
+    """The Pair on its device, or spread over those of all processes."""
+    if world() == 1:
+        return pair.to(device)
+    mesh = dist.device_mesh.init_device_mesh(device.type, (world(),))
+    for block in pair.blocks:
+        fully_shard(block, mesh=mesh)
+        register_fsdp_forward_method(block, "mixing_matrix")  # gathers around this call too
+    return fully_shard(pair, mesh=mesh)
 
 
 def without_gradient(pair, loss, batch):
-    """pair(loss, batch) in no_grad. FSDP leaves the embeddings gathered for a backward pass, which
+    """pair(loss, batch) in no_grad. FSDP leaves the embeddings gathered for a backward pass that
     does not come: an optimizer made then would train copies that are thrown away."""
     with torch.no_grad():
         found = pair(loss, batch)
@@ -129,65 +116,51 @@ def without_gradient(pair, loss, batch):
     return found
 
 
-def whole_weights(lm):
-    """The state dict of a model with whole tensors on the CPU, in the first process."""
+def whole_state(lm, *optimizers):
+    """Weights, and moments if there is an optimizer, as whole tensors in the first process."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_model_state_dict(lm, options=options)
-
-
-def whole_state(lm, optimizer):
-    """Weights and moments, with whole tensors on the CPU, in the first process."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return dict(model=whole_weights(lm),
-                optimizer=get_optimizer_state_dict(lm, optimizer, options=options))
+    return dict(zip(("model", "optimizer"), get_state_dict(lm, optimizers, options=options)))
 
 
 def load_whole_state(lm, optimizer, state):
-    """Give every process its part of what whole_state has saved; only the first needs the state.
-
-    Not strict about moments: weights that a stage's loss does not reach have none, such as out_proj
-    in orientation.
-    """
-    options = dict(full_state_dict=True, broadcast_from_rank0=world() > 1)
-    set_model_state_dict(lm, state["model"], options=StateDictOptions(**options))
-    set_optimizer_state_dict(lm, optimizer, state["optimizer"],
-                             options=StateDictOptions(**options, strict=False))
+    """Give every process its part of a whole_state. Not strict: weights that a loss does not reach,
+    such as out_proj in orientation, have no moments."""
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world() > 1, strict=False)
+    set_state_dict(lm, optimizer, model_state_dict=state["model"],
+                   optim_state_dict=state["optimizer"], options=options)
 
 
-# ---------------------------------------------------------------------------- side by side
-def begin(job, name, threads):
-    """What a process of side_by_side does: end with its parent, take its share, do its job."""
-    parent = multiprocessing.parent_process()
-
+# ---- side by side
+def begin(job, threads):
+    """Do a job in a process of its own, which ends when its parent does."""
     def end_with_parent():
-        multiprocessing.connection.wait([parent.sentinel])  # there when the parent is gone
+        wait_for([multiprocessing.parent_process().sentinel])
         os._exit(1)
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    run(lambda: job(name), child=True)
+    run(job, child=True)
 
 
-def side_by_side(job, names):
-    """Call job(name) for all names at once, in a process each with its share of the threads.
-
-    Whatever ends the caller ends all of them; one that fails ends the others, and the caller.
-    """
-    context = multiprocessing.get_context("spawn")
-    threads = max(1, torch.get_num_threads() // len(names))
-    children = [context.Process(target=begin, args=(job, name, threads)) for name in names]
+def run_all(jobs, device):
+    """Call all jobs; on a CPU at once, in a process each with its share of the threads. Whatever
+    ends the caller ends them; one that fails ends the others, and the caller."""
+    if device.type != "cpu" or world() > 1 or len(jobs) == 1:
+        for job in jobs:
+            job()
+        return
+    threads = max(1, torch.get_num_threads() // len(jobs))
+    spawn = multiprocessing.get_context("spawn").Process
+    children = [spawn(target=begin, args=(job, threads)) for job in jobs]
     try:
         for child in children:
             child.start()
-        # Every code is asked for once a round: a sentinel is there a moment before its code is.
+        # every code is asked for once a round: a sentinel is there a moment before its code is
         while None in (codes := [child.exitcode for child in children]) and not any(codes):
-            multiprocessing.connection.wait(
-                [child.sentinel for child, code in zip(children, codes) if code is None])
+            wait_for([child.sentinel for child, code in zip(children, codes) if code is None])
         if any(codes):
             raise SystemExit(next(filter(None, codes)))
     finally:
         for child in children:
             if child.is_alive():
                 child.terminate()
-        for child in children:
-            if child.pid:
                 child.join()

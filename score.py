@@ -4,41 +4,34 @@
     python score.py MODEL --kind process   by a process reward model, such as
                                            RLHFlow/Llama3.1-8B-PRM-Deepseek-Data
 
-Reads   out/<name>/samples.jsonl
-Writes  out/<name>/scores.jsonl, a record per completion; scores.json, the settings
-Rerunning goes on where a run stopped. torchrun shares the work as it does in sample.py.
+Writes out/<name>/scores.jsonl, a record per completion, and scores.json, the settings. Rerunning
+goes on where a run stopped. torchrun shares the work.
 
-Two kinds of judge. The likelihood of a text under a language model needs no training, and reading
-many texts at once is far cheaper than writing them token by token: so a slow teacher can judge what
-a fast student wrote. A process reward model (Lightman et al. 2023) judges every step of a solution.
-That of RLHFlow, which search-and-learn uses, is a language model, fine-tuned for a dialogue: each
-turn of the user is a step, and it answers "+" if all is well so far, "-" if not.
+The likelihood of a text under a language model needs no training, and reading texts is far cheaper
+than writing them token by token: so a slow teacher can judge what a fast student wrote. A process
+reward model (Lightman et al. 2023) judges every step of a solution. That of RLHFlow, which
+search-and-learn uses, is a language model fine-tuned for a dialogue: each turn of the user is a
+step, and it answers "+" if all is well so far, "-" if not.
 """
-import argparse
-import itertools
 import math
 import os
-import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 import hub
 import parallel
-from common import (Parser, choose_device, crc, folder_name, json_line, number, read_json,
-                    read_jsonl, run, same_settings, write_json)
+from common import Parser, choose_device, crc, folder_name, number, read_json, read_jsonl, run
 from data import INSTRUCTION, load_tokenizer
 from model import LM
-from sample import RECORD, cut_torn_line
-
-AGGREGATE = dict(last=lambda steps: steps[-1], min=min, prod=math.prod)  # one score of all steps
+from sample import RECORD, append, resume
 
 
-# ---------------------------------------------------------------------------- what is read
+# ---- judges
 class Text(NamedTuple):
     """Token ids, and the positions at which the model has seen what it shall judge."""
     record: dict  # of samples.jsonl
@@ -46,213 +39,137 @@ class Text(NamedTuple):
     positions: list
 
 
-def likelihood_text(tokenizer, record, template):
-    """A sample as its model wrote it, with the positions that predict its tokens.
-
-    An end that was reached is a token too.
-    """
-    prompt = tokenizer.chat(template.replace("{question}", record["question"]))
-    ids = prompt + tokenizer.encode(record["completion"])
-    ids += tokenizer.eos_ids[:1] if record["finish"] == "stop" else []
-    return Text(record, ids, list(range(len(prompt) - 1, len(ids) - 1)))
-
-
-def process_text(tokenizer, record, template):
-    """The dialogue about a sample: question and first step, "+", second step, "+", ...
-
-    Steps stand between blank lines; blank ones are left out. The positions are those before each
-    "+": in a causal model one pass judges every step as if all before were good.
-    """
-    steps = [step for step in record["completion"].split("\n\n") if step.strip()] or [""]
-    steps[0] = f"{record['question']} {steps[0]}"
-    ids, positions = [], []
-    for turn, step in enumerate(steps):
-        ids += tokenizer.chat(step, first=turn == 0)
-        positions.append(len(ids) - 1)
-        ids += tokenizer.encode("+") + tokenizer.eos_ids[:1]
-    return Text(record, ids, positions)
-
-
-# ---------------------------------------------------------------------------- judges
-def residual_stream(lm, tokens):
-    """The hidden state (B, L, d_model) after the last block."""
-    for x in lm.hidden_states(tokens):
-        pass
-    return x
-
-
 class Likelihood:
     """The probability of a completion after its prompt, 0 below 1e-323, as floats are."""
-    text = staticmethod(likelihood_text)
 
     def __init__(self, lm, tokenizer):
-        self.lm = lm
+        self.lm, self.tokenizer = lm, tokenizer
+
+    def read(self, record, template):
+        """A sample as its model wrote it, its end included if it was reached."""
+        prompt = self.tokenizer.chat(template.replace("{question}", record["question"]))
+        ids = prompt + self.tokenizer.encode(record["completion"])
+        ids += self.tokenizer.eos_ids[:1] if record["finish"] == "stop" else []
+        return Text(record, ids, list(range(len(prompt) - 1, len(ids) - 1)))
 
     def judge(self, x, text):
-        """[p] for the hidden states x (L, d_model) of a text.
+        """[p] for the hidden states x (L, d_model) of a text, whose tokens come one position on.
 
         The head sees one text at a time: logits of a batch would be the largest tensor by far.
         """
         logits = self.lm.head(x[None, text.positions])[0].float()  # (tokens judged, V)
-        targets = [text.ids[position + 1] for position in text.positions]
-        targets = torch.tensor(targets, device=x.device)
+        targets = torch.tensor(text.ids[1:], device=x.device)[text.positions]
         return [math.exp(-F.cross_entropy(logits, targets, reduction="sum"))]
 
 
 class Process:
-    """The probability of "+" against "-" after each step.
-
-    The softmax of two logits is the sigmoid of their difference, w . x if w is the difference of
-    the head's rows.
-    """
-    text = staticmethod(process_text)
+    """The probability of "+" against "-" after each step."""
 
     def __init__(self, lm, tokenizer):
-        self.lm, signs = lm, [tokenizer.encode(sign) for sign in "+-"]
-        if any(len(ids) != 1 for ids in signs):
-            raise ValueError('this is no process reward model: its tokenizer must have a token "+" '
-                             f'and a token "-", but makes {signs[0]} and {signs[1]} of them')
-        tied = lm.config.tie_embeddings
-        rows = (lm.model.embed_tokens if tied else lm.lm_head).weight
-        self.w = rows[signs[0][0]].float() - rows[signs[1][0]].float()  # (d_model,)
+        self.lm, self.tokenizer = lm, tokenizer
+        plus, minus = tokenizer.encode("+"), tokenizer.encode("-")
+        if len(plus) != 1 or len(minus) != 1:
+            raise ValueError(f'this is no process reward model: its tokenizer makes {plus} of "+" '
+                             f'and {minus} of "-", instead of a token each')
+        head = lm.model.embed_tokens if lm.config.tie_embeddings else lm.lm_head
+        self.rows = head.weight[plus + minus].float()  # (2, d_model)
+
+    def read(self, record, template):
+        """The dialogue about a sample: question and first step, "+", second step, "+", ...
+
+        Steps stand between blank lines. The positions are those before each "+": in a causal model
+        one pass judges every step as if all before were good.
+        """
+        steps = [step for step in record["completion"].split("\n\n") if step.strip()] or [""]
+        steps[0] = f"{record['question']} {steps[0]}"
+        ids, positions = [], []
+        for turn, step in enumerate(steps):
+            ids += self.tokenizer.chat(step, first=turn == 0)
+            positions.append(len(ids) - 1)
+            ids += self.tokenizer.encode("+") + self.tokenizer.eos_ids[:1]
+        return Text(record, ids, positions)
 
     def judge(self, x, text):
-        """p of each step, for the hidden states x (L, d_model) of a text. In float32: in bfloat16,
-        logits of 16 to 32 are multiples of 1/8."""
-        return (self.lm.model.norm(x[text.positions]).float() @ self.w).sigmoid().tolist()
+        """p of each step, for the hidden states x (L, d_model) of a text. In float32: bfloat16
+        rounds logits of 16 to 32 to multiples of 1/8."""
+        logits = F.linear(self.lm.model.norm(x[text.positions]).float(), self.rows)  # (steps, 2)
+        return logits.softmax(-1)[:, 0].tolist()
 
 
 KINDS = dict(likelihood=Likelihood, process=Process)
+AGGREGATE = dict(last=lambda steps: steps[-1], min=min, prod=math.prod)  # one score of all steps
 
 
 @torch.inference_mode()
 def judge_batch(judge, batch):
-    """p at every position of every Text of a batch; padding at the right is seen by nothing."""
-    rows = [torch.tensor(text.ids) for text in batch]
-    tokens = pad_sequence(rows, batch_first=True).to(judge.lm.device)  # (B, L)
-    return [judge.judge(x, text) for x, text in zip(residual_stream(judge.lm, tokens), batch)]
+    """p at every position of every Text of a batch; padding on the right is seen by nothing."""
+    tokens = pad_sequence([torch.tensor(text.ids) for text in batch], batch_first=True)  # (B, L)
+    for x in judge.lm.hidden_states(tokens.to(judge.lm.device)):
+        pass  # the last is the residual stream after all blocks, (B, L, d_model)
+    return [judge.judge(row, text) for row, text in zip(x, batch)]
 
 
-def batches(texts, budget):
-    """Lists of texts of like length, with the padding at most `budget` tokens unless one has more.
+def batches(judge, records, template, budget):
+    """Lists of Texts of like length: `budget` tokens with their padding, or one text.
 
-    Texts come every problem's sample 0 first. Sorting all of them would pad least and finish no
-    problem before the end: so they are sorted a few batches at a time.
+    512 are sorted at a time: sorting all would finish no problem before the end.
     """
-    texts = iter(texts)
-    while pool := take(texts, 8 * budget):
-        batch = []
-        for text in sorted(pool, key=lambda text: len(text.ids), reverse=True):
-            if batch and (len(batch) + 1) * len(batch[0].ids) > budget:
-                yield batch
-                batch = []
-            batch.append(text)
-        yield batch
+    for start in range(0, len(records), 512):
+        texts = [judge.read(record, template) for record in records[start:start + 512]]
+        texts.sort(key=lambda text: len(text.ids), reverse=True)
+        while texts:
+            size = max(1, budget // len(texts[0].ids))
+            yield texts[:size]
+            texts = texts[size:]
 
 
-def take(texts, tokens):
-    """The next texts, until they have that many tokens."""
-    pool = []
-    for text in texts:
-        pool.append(text)
-        tokens -= len(text.ids)
-        if tokens <= 0:
-            break
-    return pool
+# ---- one model's samples
+FIELDS = dict(problem=int, sample=int, score=float, num_tokens=int, seconds=float, crc=str)
 
 
-# ---------------------------------------------------------------------------- one model's samples
-def read_scores(path, records):
-    """{(problem, sample): score record} so far; ValueError if one is not of these samples."""
-    texts, found = {(r["problem"], r["sample"]): crc(r["completion"]) for r in records}, {}
-    fields = dict(problem=int, sample=int, score=float, num_tokens=int, seconds=float, crc=str)
-    for score in read_jsonl(path, fields, torn=True):
-        pair = score["problem"], score["sample"]
-        if texts.get(pair) != score["crc"] or pair in found:
-            raise ValueError(f"{path} holds a score of another text, or one twice (problem "
-                             f"{pair[0]}, sample {pair[1]}): delete {path}")
-        found[pair] = score
-    return found
-
-
-def score_samples(folder, to, judge, tokenizer, settings, aggregate, budget):
+def score_samples(folder, to, judge, settings, budget):
     """Scores of all samples in a folder into the file `to` there, going on where a run stopped.
 
-    `seconds` is since scoring of this model began, and every problem's first samples come first: so
-    it says what choosing among k samples costs.
+    Every problem's first samples come first: so their `seconds` are what choosing among k costs.
     """
-    samples, path = os.path.join(folder, "samples.jsonl"), os.path.join(folder, to)
-    beside = os.path.splitext(path)[0] + ".json"
-    records = read_jsonl(samples, RECORD, torn=True)
-    records.sort(key=lambda r: (r["sample"], r["problem"]))
-    if not records:
-        raise ValueError(f"no samples in {samples}: run python sample.py first")
-    origin = os.path.join(folder, "samples.json")
-    origin = read_json(origin).get("settings", {}) if os.path.exists(origin) else {}
-    template = origin.get("prompt") or INSTRUCTION
-    settings = settings | dict(prompt=template, processes=parallel.world())
-    scores = read_scores(path, records)
-    if os.path.exists(path) and not os.path.exists(beside):
-        raise ValueError(f"{beside} is missing, so {path} is no file of this script: name another "
-                         f"with --to")
-    same_settings(beside, settings, bool(scores))
-    parallel.wait()  # until all have read what is there
-    if not parallel.rank():
-        cut_torn_line(path)
-        if not scores:
-            write_json(beside, dict(settings=settings))
-    offset = max((score["seconds"] for score in scores.values()), default=0.0)
-    left = [r for r in records if (r["problem"], r["sample"]) not in scores]
-    mine = left[parallel.rank()::parallel.world()]
-    for batch in itertools.islice(batches(texts_of(judge, tokenizer, mine, template), budget), 1):
-        judge_batch(judge, batch)  # warm-up
-    parallel.wait()  # all clocks start together
-    began = time.perf_counter()
-    with open(path, "ab", buffering=0) as f, tqdm(
-            desc=os.path.basename(folder), total=len(mine), unit=" texts", dynamic_ncols=True,
-            disable=parallel.rank() > 0, mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
-        for batch in batches(texts_of(judge, tokenizer, mine, template), budget):
-            judged = judge_batch(judge, batch)
-            seconds = offset + time.perf_counter() - began
-            f.write(b"".join(json_line(dict(
-                problem=text.record["problem"], sample=text.record["sample"],
-                score=AGGREGATE[aggregate](steps), num_tokens=len(text.ids),
-                seconds=round(seconds, 4), crc=crc(text.record["completion"])))
-                for text, steps in zip(batch, judged)))
-            bar.update(len(batch))
-    parallel.wait()
-    print(f"{path}: {len(records):,} scores", flush=True)
+    records = read_jsonl(Path(folder, "samples.jsonl"), RECORD, torn=True)
+    samples = {(record["problem"], record["sample"]): record for record in records}
+    if not samples:
+        raise ValueError(f"no samples in {folder}: run python sample.py first")
+    path, origin = Path(folder, to), Path(folder, "samples.json")
+    origin = read_json(origin).get("settings", {}) if origin.exists() else {}
+    template, aggregate = origin.get("prompt") or INSTRUCTION, AGGREGATE[settings["aggregate"]]
+    texts = {pair: crc(record["completion"]) for pair, record in samples.items()}
+    done, spent = resume(path, judge.lm, FIELDS, lambda score: score["crc"] == texts.get(
+        (score["problem"], score["sample"])), settings | dict(prompt=template))
+    left = sorted(samples.keys() - done.keys(), key=lambda pair: pair[::-1])
+    mine = [samples[pair] for pair in left[parallel.rank()::parallel.world()]]
+
+    def judged():
+        began = time.perf_counter()
+        for batch in batches(judge, mine, template, budget):
+            found = judge_batch(judge, batch)
+            seconds = time.perf_counter() - began
+            for text, steps in zip(batch, found):
+                pair = text.record["problem"], text.record["sample"]
+                yield dict(problem=pair[0], sample=pair[1], score=aggregate(steps),
+                           num_tokens=len(text.ids), seconds=seconds, crc=texts[pair])
+    next(judged(), None)  # the first batch to warm up
+    append(path, judged(), spent, total=len(mine), unit=" texts")
+    print(f"{path}: {len(samples):,} scores", flush=True)
 
 
-def texts_of(judge, tokenizer, records, template):
-    """What the judge reads of each record."""
-    return (judge.text(tokenizer, record, template) for record in records)
-
-
-# ---------------------------------------------------------------------------- the script
-TAKEN = "samples", "metrics", "config", "training", "tokenizer.tiktoken"  # by others' files
-
-
-def file_name(text):
-    """An argparse type: a .jsonl file that, as the .json beside it, no other script writes."""
-    stem, ending = os.path.splitext(folder_name(text))
-    if ending != ".jsonl" or stem in TAKEN:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a new .jsonl file: not one of "
-                                         f"{', '.join(TAKEN)}")
-    return text
-
-
+# ---- the script
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("judge", nargs="?", metavar="MODEL", help="the judge's folder or Hugging Face repository; "
-        "default: teacher in --out, or teacher-small for small students")
+        "default: teacher in --out, of NAME-small teacher-small")
     add("--kind", choices=KINDS, default="likelihood", help="what it tells of a text")
-    add("--aggregate", choices=AGGREGATE, default="last", help="of a process reward model's steps: "
-        "the last one's probability, the smallest, or the product")
-    add("--model", nargs="+", type=folder_name, metavar="NAME", help="judge samples of OUT/NAME; "
-        "default: of all that have samples")
-    add("--to", type=file_name, default="scores.jsonl", metavar="FILE", help="in each folder")
+    add("--aggregate", choices=AGGREGATE, default="last", help="of the steps' probabilities: "
+        "the last, the smallest, or their product")
+    add("--model", nargs="+", type=folder_name, metavar="NAME", help="of OUT; default: all")
+    add("--to", type=folder_name, default="scores.jsonl", metavar="FILE", help="in each folder")
     add("--tokens", type=number(1), default=16384, help="read at a time, padding included")
     add("--out", default="out", help="folder of the models")
     add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
@@ -260,35 +177,28 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def sampled(out, names):
-    """The names of the models under `out` that have samples, or these of them."""
-    there = sorted(os.listdir(out)) if os.path.isdir(out) else []
-    found = [name for name in sorted(there, key=lambda name: name != "teacher")
-             if os.path.isfile(os.path.join(out, name, "samples.jsonl"))]
-    if missing := [name for name in names or () if name not in found]:
-        raise ValueError(f"no samples of {missing[0]} under {out}/: run python sample.py first")
-    if not found:
-        raise ValueError(f"no samples under {out}/: run python sample.py first")
-    return names or found
-
-
 def main(argv=None):
     args = parse_args(argv)
     with parallel.processes(args.device):
         device, dtype = choose_device(args.device, args.dtype)
-        judges = {}  # folder -> (judge, tokenizer, settings)
-        for name in sampled(args.out, args.model):
+        if not args.to.endswith(".jsonl"):
+            raise ValueError(f"--to {args.to}: a .jsonl file was expected")
+        there = [path.parent.name for path in sorted(Path(args.out).glob("*/samples.jsonl"))]
+        names = args.model or there
+        if not names or not set(names) <= set(there):
+            raise ValueError(f"no samples of {' or '.join(names) or 'a model'} under {args.out}/: "
+                             f"run python sample.py first")
+        judges = {}  # folder -> (judge, fingerprint)
+        for name in names:
             teacher = "teacher-small" if name.endswith("-small") else "teacher"
             source = args.judge or os.path.join(args.out, teacher)
             if source not in judges:
-                tokenizer = load_tokenizer(source)
-                lm = LM.from_pretrained(source, device, dtype).eval().requires_grad_(False)
-                settings = dict(kind=args.kind, aggregate=args.aggregate, weights=hub.fingerprint(
-                    source), dtype=str(dtype).removeprefix("torch."), device=device.type)
-                judges[source] = KINDS[args.kind](lm, tokenizer), tokenizer, settings
-            folder = os.path.join(args.out, name)
-            with parallel.exclusively(folder):
-                score_samples(folder, args.to, *judges[source], args.aggregate, args.tokens)
+                lm, tokenizer = LM.from_pretrained(source, device, dtype), load_tokenizer(source)
+                judges[source] = KINDS[args.kind](lm.eval(), tokenizer), hub.fingerprint(source)
+            judge, weights = judges[source]
+            settings = dict(kind=args.kind, aggregate=args.aggregate, weights=weights)
+            with parallel.exclusively(os.path.join(args.out, name)) as folder:
+                score_samples(folder, args.to, judge, settings, args.tokens)
 
 
 if __name__ == "__main__":

@@ -13,41 +13,13 @@ import torch
 import hub
 import parallel
 from common import Parser, choose_device, number, run
-from data import load_tokenizer, prompt_template
-from distill import (Data, Hardware, Progress, Stage, add_data_options, add_hardware_options,
-                     home, sft, start_length, train_and_save)
+from data import load_tokenizer
+from distill import (START, SUFFIX, Hardware, Stage, add_shared_options, load_pairs, sft,
+                     train_in)
 from model import LM, Config
 
 SIZES = dict(base=dict(n_layers=4), small=dict(n_layers=2))  # else as Config's defaults
 SCRATCH, FINE_TUNING = dict(steps=3500, lr=4e-3), dict(steps=500, lr=2e-5)
-
-
-def make_teacher(source, size, data, budget, seed, hardware, out):
-    """Train a new model, or a copy of the one in `source`, with cross-entropy, and save it."""
-    tokenizer = load_tokenizer(source or "arithmetic")
-    if source:
-        stage, start = "sft", 1.0  # who can solve the task already needs no curriculum
-        config = Config(**hub.read_config(hub.checkpoint_folder(source)))
-        origin = dict(teacher=hub.fingerprint(source))
-    else:
-        stage, start = "pretrain", start_length(data.task)
-        config = Config(vocab_size=tokenizer.vocab_size, eos_ids=tokenizer.eos_ids, **SIZES[size])
-        origin = dict(size=size)
-    folder = os.path.join(out, "teacher" + "-small" * (size == "small"))
-    if source and os.path.realpath(source) == os.path.realpath(folder):
-        raise ValueError(f"--from {source} is where the copy would go: choose another --out")
-    with parallel.exclusively(folder):
-        progress = Progress(folder, data.settings() | origin | budget | dict(seed=seed))
-        if progress.is_finished:
-            print(f"{folder}: finished", flush=True)
-            return
-        pairs = data.pairs(tokenizer)
-        torch.manual_seed(seed)
-        where = home(hardware)
-        lm = LM.from_pretrained(source, where, torch.float32) if source else LM(config).to(where)
-        stages = [Stage(stage, budget["steps"], budget["lr"], sft)]
-        train_and_save(progress, lm, None, stages, tokenizer, pairs, budget["batch_tokens"], start,
-                       seed, hardware)
 
 
 def parse_args(argv=None):
@@ -64,24 +36,35 @@ def parse_args(argv=None):
         f"{SCRATCH['lr']}, with --from {FINE_TUNING['lr']}")
     add("--batch-tokens", type=number(1), default=6144, help="tokens a step, padding included")
     add("--seed", type=number(0, 2 ** 31), default=0, help="of initialisation and the data's order")
-    add_data_options(parser)
-    add_hardware_options(parser)
+    add_shared_options(parser)
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    default = FINE_TUNING if args.source else SCRATCH
+    source, folder = args.source, os.path.join(args.out, "teacher" + SUFFIX[args.size])
+    if source and os.path.realpath(source) == os.path.realpath(folder):
+        raise ValueError(f"--from {source} is where the copy would go: choose another --out")
+    default = FINE_TUNING if source else SCRATCH
+    budget = dict(steps=args.steps or default["steps"], lr=args.lr or default["lr"],
+                  batch_tokens=args.batch_tokens, seed=args.seed)
     with parallel.processes(args.device):
         hardware = Hardware(*choose_device(args.device, args.dtype), args.accumulate,
                             args.checkpoint_activations, args.compile, args.log_every,
                             args.save_every)
-        template = prompt_template(args.task, args.prompt_file)
-        budget = dict(steps=args.steps or default["steps"], lr=args.lr or default["lr"],
-                      batch_tokens=args.batch_tokens)
-        make_teacher(args.source, args.size,
-                     Data(args.task, args.limit, args.subset_seed, template), budget, args.seed,
-                     hardware, args.out)
+        tokenizer = load_tokenizer(source or "arithmetic")
+        torch.manual_seed(args.seed)
+        if source:  # who can solve the task already needs no curriculum
+            stage, start, origin = "sft", 1.0, dict(teacher=hub.fingerprint(source))
+            lm = LM.from_pretrained(source, dtype=torch.float32)
+        else:
+            stage, start, origin = "pretrain", START.get(args.task, 1.0), dict(size=args.size)
+            lm = LM(Config(vocab_size=tokenizer.vocab_size, eos_ids=tokenizer.eos_ids,
+                           **SIZES[args.size]))
+        pairs, data = load_pairs(tokenizer, args.task, args.limit, args.subset_seed,
+                                 args.prompt_file)
+        train_in(folder, data | origin | budget, pairs,
+                 [Stage(stage, budget["steps"], budget["lr"], sft)], lm, None, hardware, start)
 
 
 if __name__ == "__main__":

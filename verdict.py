@@ -1,37 +1,31 @@
 r"""One answer: extracting it from a completion, whether it is right, and which answers are one.
 
-    extract_answer(text)       the inside of the last \boxed{...}, or what follows "the answer is"
-    is_correct(answer, gold)   do the two mean the same?
-    groups(answers)            a number per answer, the same for answers that mean the same
-
-An answer is turned into its *readings*: texts that are equal where values are equal. It has several
-if people mean several things by it: 15% is 15% and 0.15 and 15; "x = 5" is an equation and 5. Plain
-numbers are read exactly, as fractions. For the rest math-verify's grammar (latex2sympy2_extended)
-turns LaTeX into sympy objects. Its verify() compares two of them, but rounds at 6 decimals, takes X
-for x and ab for BA, and a vote needs one form per answer, not pairs; so we compare forms.
-
-Contents: extraction, spelling, expressions, their process, verdicts.
+An answer is turned into its *readings*, texts that are equal where values are. It has several if
+people mean several things by it: 15% is 15% and 0.15 and 15; "x = 5" is an equation and 5. Plain
+numbers become fractions. For the rest math-verify's grammar (latex2sympy2_extended) turns LaTeX
+into sympy objects. Its own verify() rounds at 6 decimals, takes X for x and ab for BA, and compares
+pairs, where a vote needs one form per answer.
 """
+import atexit
 import contextlib
 import functools
 import json
 import os
 import re
-import select
 import signal
 import subprocess
 import sys
 import threading
-import time
 import zlib
 from fractions import Fraction
+from multiprocessing.connection import Connection, Pipe
 
-LONGEST = 300  # characters; a longer answer is compared as a string only
-CPU_SECONDS, MEMORY = 1, 4 << 30  # limits of one try to read an answer, in seconds and bytes
+LONGEST = 300  # characters of an answer that is read; longer ones are compared as they are
+CPU_SECONDS, MEMORY = 1, 4 << 30  # limits of reading one answer; the latter in bytes
 
 
-# ---------------------------------------------------------------------------- extraction
-BOX = re.compile(r"\\f?box")
+# ---- extraction
+BOX, SOMETHING = re.compile(r"\\f?box"), re.compile(r"\S")
 BRACES = re.compile(r"(\\f?box(?:ed)?\s*\{)|\\.|([{}])", re.DOTALL)  # \\. skips \{ and \}
 JOINED = re.compile(r"(?=.*(?:and|or|,))(?:\W|\\text|\\q?quad|and|or)*", re.DOTALL)
 MARKER = re.compile(r"answer(?:\*\*)?\s*(?:is\b:?|:|(?=\$|\\[(\[]))(?:\*\*)?\s*\}?", re.IGNORECASE)
@@ -39,36 +33,33 @@ SENTENCE_END = re.compile(r"\.\s|\n|,?\s(?:so|because|since|which|as)\b")
 
 
 def boxed(text):
-    r"""The inside of the last \boxed{...} or \fbox{...} with something in it, or None; the insides
-    of several that "and" joins. A box that the end cuts off, or one without braces, counts if
-    there is no other. One pass with a stack: linear in the length of the text.
+    r"""The inside of the last \boxed{...} or \fbox{...} with something in it, or of several that
+    "and" joins; else of one that the end cuts off or that has no braces; else None. One pass.
     """
     first = BOX.search(text)
     if not first:
         return None
-    opened, boxes = [], []  # open braces: is it a box, its start, its inside's; complete boxes
+    opened, boxes = [], []  # open braces; the two ends of complete boxes
     for token in BRACES.finditer(text, first.start()):
         if token[1] or token[2] == "{":
-            opened.append((bool(token[1]), token.start(), token.end()))
+            opened.append(token)
         elif token[2] and opened:
-            is_box, start, inside = opened.pop()
-            if is_box and text[inside:token.start()].strip():
-                boxes.append((start, text[inside:token.start()], token.end()))
+            begin = opened.pop()
+            if begin[1] and SOMETHING.search(text, begin.end(), token.start()):
+                boxes.append((begin, token))
     if not boxes:
-        rest = re.split(r"\\boxed\b|\\fbox\b", text)[-1].lstrip(" {}")
+        rest = re.split(r"\\(?:boxed|fbox)\b", text)[-1].lstrip(" {}")
         return re.split(r"[\n$]", rest, maxsplit=1)[0].rstrip(" .") or None
-    boxes.sort()
+    boxes.sort(key=lambda box: box[0].start())
     last = [boxes.pop()]
-    while boxes and JOINED.fullmatch(text[boxes[-1][2]:last[-1][0]]):
+    while boxes and JOINED.fullmatch(text, boxes[-1][1].end(), last[-1][0].start()):
         last.append(boxes.pop())
-    return ", ".join(inside for _, inside, _ in reversed(last))
+    return ", ".join(text[begin.end():end.start()] for begin, end in reversed(last))
 
 
 def extract_answer(text):
-    r"""The final answer in a completion, or None.
-
-    It is what the last \boxed{...} holds; else what stands in <answer>...</answer>, after the last
-    #### (GSM8K), after the last "answer is" or "Answer:", or in bold at the end.
+    r"""The final answer in a completion, or None: what the last \boxed{...} holds, else what stands
+    in <answer>...</answer>, after the last ####, "answer is" or "Answer:", or in bold at the end.
     """
     found = boxed(text)
     if found is None and "<answer>" in text:
@@ -85,21 +76,20 @@ def extract_answer(text):
     return found and found.lstrip(" \t\n$*").rstrip(" \t\n$*.,;:") or None
 
 
-# ---------------------------------------------------------------------------- spelling
+# ---- spelling
 def repeating(found):
     r"""0.1\overline{6} as a fraction: (16 - 1) / 90."""
     whole, start, period = found.groups()
     value = int(whole + start + period) - int(whole + start)
     return rf"\frac{{{value}}}{{{(10 ** len(period) - 1) * 10 ** len(start)}}}"
 
-SCALES = {"dozen": "12", "hundred": "10^2", "thousand": "10^3", "million": "10^6",
-          "billion": "10^9"}
+
+SCALES = dict(dozen="12", hundred="10^2", thousand="10^3", million="10^6", billion="10^9")
 # a unit: words after a space, or a short one after a digit; all up to the end or the next comma
 UNIT = (r"(?:(?:(?<=[\d)}])|(?<=\\pi)) +(?!and|or\b|[ap]m\b|sin|cos|tan|log|mod|choose)"
         r"(?:[a-zA-Z]{2,}|[mgsh]\b)|(?<=\d)(?:[ckm]m|kg|ft|lb|m)\b)"
         r"(?: *\^ *\{?\d\}?|(?! and | or )[a-zA-Z ./-])*(?=,|$)")
-# What people write for the same thing, replaced in this order. math-verify's own normalisation
-# follows in expressions; this is what it does not know or takes for something else.
+# What people write for the same thing and the grammar does not know, replaced in this order.
 SPELLINGS = [(re.compile(pattern), new) for pattern, new in [
     ("[–—−]", "-"), ("∞", r"\\infty "), ("∈", r"\\in "), ("≈", r"\\approx "), ("²", "^2"),
     ("³", "^3"), ("½", r"\\frac12"), ("¼", r"\\frac14"), ("¾", r"\\frac34"),
@@ -131,8 +121,7 @@ def spell(answer):
     return answer.strip()
 
 
-# ---------------------------------------------------------------------------- expressions
-# This section runs in the process of the next one, which imports sympy and math-verify's grammar.
+# ---- expressions, in a process of their own, which imports sympy and the grammar
 def listing(forms):
     """The form of a list whose order does not count."""
     forms = sorted(set(forms))
@@ -140,15 +129,15 @@ def listing(forms):
 
 
 def value_at(tree, k):
-    """A formula's value at point k, where the value of a variable depends on its name only."""
-    values = {symbol: zlib.crc32(f"{k} {symbol.name}".encode()) for symbol in tree.free_symbols}
-    return tree.xreplace({symbol: sympy.Rational(value, (-1) ** k << 31)  # from 0 to 2, 0 to -2
-                          for symbol, value in values.items()}).doit()
+    """A formula's value at point k: a variable's value depends on its name only."""
+    return tree.xreplace({symbol: sympy.Rational(
+        zlib.crc32(f"{k} {symbol.name}".encode()), (-1) ** k << 31)  # 0 to 2; 0 to -2
+        for symbol in tree.free_symbols}).doit()
 
 
 def scalar(tree):
     """The form of a formula: exact if it is a rational number or a name, else 12 digits of it, at
-    two points if it has variables (formulas that agree there are equal in all likelihood)."""
+    two points if it has variables: formulas that agree there are equal in all likelihood."""
     exact = {number: sympy.Rational(str(number)) for number in tree.atoms(sympy.Float)}
     exact |= {symbol: sympy.I for symbol in tree.free_symbols if symbol.name == "i"}
     tree = tree.xreplace(exact).doit()
@@ -196,8 +185,7 @@ def named(tree):
 
 
 def expression_readings(text):
-    """The readings of LaTeX: of `x = 5` also 5, of a list also the tuple, of a number also its
-    roundings at 6 to 16 decimals."""
+    """The readings of LaTeX: of `x = 5` also 5, of a list the tuple, of a number its roundings."""
     latex = grammar.normalize_latex(
         text, grammar.NormalizationConfig(malformed_operators=True, boxed="none"))
     tree = grammar.latex2sympy(
@@ -214,80 +202,82 @@ def expression_readings(text):
     return list(dict.fromkeys(found if name is None else [relation(name, value), *found]))
 
 
-# ---------------------------------------------------------------------------- their process
-# sympy would compute 9^{9^{9^9}} for ever: it lives in a process that the system ends when an
-# answer takes too long. The next question starts another.
-_process, _lock = None, threading.Lock()
+# ---- their process: sympy would compute 9^{9^{9^9}} for ever
+_child, _lock = None, threading.Lock()  # the process and our end of the pipe to it
 
 
-def serve(cpu_seconds):
-    """The life of the process: a text per line in, its readings out, until the input ends."""
+def serve(pipe, cpu_seconds):
+    """The life of the process: receives texts and sends their readings, until the pipe ends."""
     global sympy, grammar
     import resource
     import sympy
     from latex2sympy2_extended import latex2sympy2 as grammar
     with contextlib.suppress(ValueError):  # macOS knows no such limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    print("ready", flush=True)
-    for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)  # unhandled, SIGPROF ends the process
-        try:
-            found = expression_readings(json.loads(line))
-        except Exception:  # whatever sympy makes of nonsense; out of memory; too deep a recursion
-            found = []
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps(found), flush=True)
+    pipe, found = Connection(pipe), "ready"
+    with contextlib.suppress(EOFError):
+        while True:
+            pipe.send_bytes(json.dumps(found).encode())
+            text = json.loads(pipe.recv_bytes())
+            signal.setitimer(signal.ITIMER_PROF, cpu_seconds)  # unhandled, SIGPROF ends the process
+            try:
+                found = expression_readings(text)
+            except Exception:  # whatever sympy makes of nonsense; no memory; too deep a recursion
+                found = []
+            signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def read_line(pipe, seconds):
-    """The next line from a pipe, in bytes; b"" if the pipe ends or the time is over."""
-    line, end = b"", time.monotonic() + seconds
-    while not line.endswith(b"\n"):
-        ready = select.select([pipe], [], [], max(0, end - time.monotonic()))[0]
-        piece = os.read(pipe.fileno(), 1 << 16) if ready else b""
-        if not piece:
-            return b""
-        line += piece
-    return line
-
-
-def start_process():
-    """A process that runs serve() and is ready. ValueError if math-verify is not installed."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", f"import verdict; verdict.serve({CPU_SECONDS})"], bufsize=0,
-        cwd=os.path.dirname(os.path.abspath(__file__)), env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    if read_line(process.stdout, 100) != b"ready\n":
-        end_process(process)
+def start_child():
+    """(process, pipe) that runs serve() and is ready. ValueError if math-verify isn't installed."""
+    pipe, theirs = Pipe()
+    code = f"import verdict; verdict.serve({theirs.fileno()}, {CPU_SECONDS})"
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=os.path.dirname(os.path.abspath(__file__)),
+            pass_fds=[theirs.fileno()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    if receive(pipe, 100) != "ready":
+        end_child(process, pipe)
         raise ValueError("math-verify, which reads LaTeX answers, does not start: "
                          "pip install -r requirements.txt")
-    return process
+    return process, pipe
 
 
-def end_process(process):
-    """End the process, if there is one."""
+def receive(pipe, seconds):
+    """The next message from a pipe; None if it ends or the time is over."""
+    with contextlib.suppress(OSError, EOFError):
+        return json.loads(pipe.recv_bytes()) if pipe.poll(seconds) else None
+
+
+def end_child(process, pipe):
     process.kill()
-    process.communicate()  # waits for it and closes its pipes
+    process.wait()
+    pipe.close()
+
+
+@atexit.register
+def end_last_child():
+    if _child:
+        end_child(*_child)
 
 
 def ask(text):
-    """The readings of LaTeX, by the process; [] if it can't tell within its limits. There are two
-    tries: somebody may have stopped the first process, or a busy machine slowed it down."""
-    global _process
+    """The readings of LaTeX by the process; [] if it cannot tell within its limits, in two tries:
+    somebody may have stopped the first process, or a busy machine slowed it down."""
+    global _child
     with _lock:
         for _ in range(2):
-            if _process is None or _process.poll() is not None:
-                _process = start_process()
-            with contextlib.suppress(BrokenPipeError):
-                _process.stdin.write(json.dumps(text).encode() + b"\n")
-            line = read_line(_process.stdout, 10 * CPU_SECONDS)
-            if line:
-                return json.loads(line)
-            end_process(_process)
+            child, _child = _child or start_child(), None  # None if we are interrupted
+            with contextlib.suppress(OSError):
+                child[1].send_bytes(json.dumps(text).encode())
+            found = receive(child[1], 10 * CPU_SECONDS)
+            if found is not None:
+                _child = child
+                return found
+            end_child(*child)
         return []
 
 
-# ---------------------------------------------------------------------------- verdicts
+# ---- verdicts
 DECIMAL = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)")
 GROUPED = re.compile(r"[+-]?[1-9]\d{0,2}(?:[ ,]\d{3})+(?:\.\d*)?")  # 1,234.5
 TIME = re.compile(r"(\d{1,2}:\d\d)(?: ?([ap])\.? ?m)?", re.IGNORECASE)
@@ -326,16 +316,15 @@ def readings(answer):
 
 
 def is_correct(answer, gold):
-    """Is the answer (None: there is none) the gold one: does one of both, taken literally, say what
-    the other may mean?"""
+    """Whether one of both, taken literally, says what the other may mean; None is never right."""
     found, expected = readings(answer or ""), readings(gold)
     return bool(found and expected) and (found[0] in expected or expected[0] in found)
 
 
 def groups(answers):
     """A number per answer, from 0 in order of first appearance, the same for those that is_correct
-    holds equal to the first of their group; -1 for None and for an answer that says nothing."""
-    literal, possible, numbers = {}, {}, []  # the groups whose first answer has a reading
+    holds equal to the first of a group; -1 for None and for an answer that says nothing."""
+    literal, possible, numbers = {}, {}, []  # {reading: group whose first answer has it}
     for answer in answers:
         found = readings(answer or "")
         known = [possible[r] for r in found[:1] if r in possible]

@@ -26,21 +26,14 @@ def command(tiny_options, tmp_path):
     return run
 
 
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_a_teacher_from_scratch_has_the_built_in_tasks_tokenizer(command, tiny_options, tmp_path):
-    """All attention, of the size asked for, with ends that its tokenizer knows; a student can be
-    made of it without naming it."""
+    """All attention, of the size asked for; a student can be made of it without naming it."""
     for size, name, layers in ("base", "teacher", 4), ("small", "teacher-small", 2):
         folder = command("--size", size, name=name)
-        lm, tokenizer = LM.from_pretrained(str(folder)), load_tokenizer(str(folder))
-        assert lm.config.mixers == ["attention"] * layers
-        assert lm.config.vocab_size == tokenizer.vocab_size
-        assert lm.config.eos_ids == tokenizer.eos_ids
-        assert [record["stage"] for record in metrics(folder)] == ["pretrain"] * 3
-        assert not (folder / "matrices.npz").exists()
+        config, tokenizer = LM.from_pretrained(folder).config, load_tokenizer(str(folder))
+        assert config.mixers == ["attention"] * layers and config.eos_ids == tokenizer.eos_ids
+        assert config.vocab_size == tokenizer.vocab_size
+        assert (folder / "metrics.jsonl").read_text().count('"stage": "pretrain"') == 3
     distill.main([*tiny_options, "--out", str(tmp_path / "out"), "--size", "small", "--student",
                   "pure", "--steps", "1"])
     made = json.loads((tmp_path / "out" / "pure-small" / "training.json").read_text())
@@ -50,65 +43,49 @@ def test_a_teacher_from_scratch_has_the_built_in_tasks_tokenizer(command, tiny_o
 def test_a_given_model_is_fine_tuned_as_a_copy(command, tiny_out):
     """Red if the given one is written to, or if training starts anew: with a rate of next to 0 the
     copy is the original, with another it learns."""
-    given = tiny_out / "teacher"
-    before = {f.name: f.read_bytes() for f in given.iterdir()}
-    weights = [load_file(command("--from", str(given), "--lr", lr, "--size", size, name=name)
-                         / "model.safetensors") for lr, size, name in (
-                             ("1e-9", "base", "teacher"), ("1e-2", "small", "teacher-small"))]
-    assert {f.name: f.read_bytes() for f in given.iterdir()} == before
-    original = load_file(given / "model.safetensors")
+    given, before = str(tiny_out / "teacher"), hub.fingerprint(tiny_out / "teacher")
+    original, copied, learnt = (load_file(os.path.join(folder, "model.safetensors")) for folder in (
+        given, command("--from", given, "--lr", "1e-9"),
+        command("--from", given, "--lr", "1e-2", "--size", "small", name="teacher-small")))
+    assert hub.fingerprint(given) == before
     for name, tensor in original.items():
-        assert_close(weights[0][name], tensor)
-        assert (weights[1][name] - tensor).abs().max() > 1e-3
+        assert_close(copied[name], tensor)
+        assert (learnt[name] - tensor).abs().max() > 1e-3
 
 
 def test_the_loss_is_the_cross_entropy_of_the_solutions(command, tiny_out, task_file):
     """Of the first batch, before any step: recomputed from the tokens of the solutions."""
-    loss = metrics(command("--from", str(tiny_out / "teacher"), "--batch-tokens", "1000000",
-                           "--lr", "1e-9"))[0]["loss"]
+    folder = command("--from", str(tiny_out / "teacher"), "--batch-tokens", "1000000", "--lr", "1")
+    loss = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["loss"]
     tokenizer, lm = load_tokenizer("arithmetic"), LM.from_pretrained(str(tiny_out / "teacher"))
-    pairs = distill.Data(task_file, None, None, distill.prompt_template(task_file)).pairs(
-        tokenizer)
     found = []
-    for prompt, answer in pairs:
+    for prompt, answer in distill.load_pairs(tokenizer, task_file, None, None, None)[0]:
         with torch.no_grad():
             logits = lm(torch.tensor([prompt + answer]))[0].double().log_softmax(-1)
         found += [-logits[len(prompt) - 1 + i, token].item() for i, token in enumerate(answer)]
     assert loss == pytest.approx(sum(found) / len(found), rel=1e-4)
 
 
-def test_a_stopped_run_goes_on_and_another_one_is_refused(command, monkeypatch, capsys):
+def test_a_stopped_run_goes_on_and_another_one_is_refused(command, monkeypatch, capsys, tmp_path):
     """A student cannot be made of half a teacher either."""
-    expected = load_file(command("--save-every", "2") / "model.safetensors")
-    folder, save = command(), distill.Progress.save
-    shutil.rmtree(folder)
-    with monkeypatch.context() as patch:
+    expected, save = hub.fingerprint(command("--save-every", "2")), distill.Progress.save
+    shutil.rmtree(tmp_path / "out")
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(distill.Progress, "save", lambda *state: (save(*state), 1 / 0))
-        with pytest.raises(ZeroDivisionError):
-            command("--save-every", "2")
-    with pytest.raises(ValueError, match="teacher is not finished: go on with python teacher.py"):
-        distill.main(["--out", os.path.dirname(folder), "--device", "cpu"])
-    for options, name in ((["--size", "base", "--seed", "1"], "seed"), (["--lr", "0.5"], "lr"),
-                          (["--steps", "4"], "steps"), (["--limit", "9"], "limit")):
-        with pytest.raises(ValueError, match=rf"\b{name} = .*--out"):
-            command(*options)
-    capsys.readouterr()
-    found = load_file(command("--save-every", "2") / "model.safetensors")
+        command("--save-every", "2")
+    with pytest.raises(ValueError, match="no finished teacher in .*run python teacher.py"):
+        distill.main(["--out", str(tmp_path / "out"), "--device", "cpu"])
+    for option, value in ("--seed", "1"), ("--lr", "0.5"), ("--steps", "4"), ("--limit", "9"):
+        with pytest.raises(ValueError, match=rf"\b{option[2:]} = .*--out"):
+            command(option, value)
+    assert hub.fingerprint(command("--save-every", "2")) == expected
     assert "going on at stage 1, step 2" in capsys.readouterr().out
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     command()
     assert "finished" in capsys.readouterr().out
 
 
-def test_a_model_is_never_overwritten(command, tiny_out, tmp_path):
-    """--from the folder that would be written to, and a model from elsewhere in its place."""
+def test_a_given_model_is_never_overwritten(command, tiny_out, tmp_path):
     shutil.copytree(tiny_out / "teacher", tmp_path / "out" / "teacher")
-    folder = tmp_path / "out" / "teacher"
     with pytest.raises(ValueError, match="--from .* where the copy would go: choose another --out"):
-        command("--from", str(folder))
-    (folder / "training.json").unlink()
-    with pytest.raises(ValueError, match="did not make.*--out"):
-        command()
-    with pytest.raises((ValueError, FileNotFoundError), match="nowhere"):
-        command("--from", "nowhere")
-    assert hub.fingerprint(folder) == hub.fingerprint(tiny_out / "teacher")
+        command("--from", str(tmp_path / "out" / "teacher"))
+    assert hub.fingerprint(tmp_path / "out" / "teacher") == hub.fingerprint(tiny_out / "teacher")
