@@ -82,7 +82,7 @@ def pieces(programs, length, device):
 
 @triton.jit
 def load(pointers, mask):
-    """What is at the pointers, as float32; 0 where the mask is False."""
+    """As float32; 0 where the mask is False."""
     return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
 
 
@@ -255,14 +255,13 @@ def decode_attention(q, keys, values, lengths, backend="auto"):
 
 
 # ---- a model for decoding ----
-PACK_FROM = 2 ** 18  # entries of a weight; below, calling oneDNN costs more than its product saves
+PACK_FROM = 2 ** 18  # entries of a weight; below, a call of oneDNN costs more than it saves
 
 
 class Products(nn.Module):
-    """The products of one input with several weights, as one: gives the first, keeps the rest.
+    """The products of one input with several weights, as one: returns the first, keeps the rest.
 
-    On a CPU, large weights are packed into the blocks in which oneDNN reads them: at 16 rows, 1.2
-    to 3.5 times as fast.
+    On a CPU, large weights are packed as oneDNN reads them: 1.2 to 3.5 times as fast at 16 rows.
     """
 
     def __init__(self, weights):
@@ -298,7 +297,7 @@ def prepare(lm):
     In place, and for decoding only: the plain weights are given up, so it cannot be saved. Running
     one token shows which Linears (without bias) meet.
     """
-    met = {}  # id of a tensor -> (the tensor, kept so that its id stays its own; who met it)
+    met = {}  # id of a tensor: (the tensor, which keeps its id its own; who met it)
 
     def note(module, inputs):
         if isinstance(module, nn.Linear) and module.bias is None:

@@ -346,7 +346,7 @@ def causal_conv(x, weight, bias, past=None, counts=None):
 
 
 def causal_conv_step(past, x, weight, bias, backend="auto"):
-    """y (B, D) of one token x (B, D) of causal_conv; past (B, W-1, D) changes in place."""
+    """y (B, D) of one token x (B, D) of causal_conv; past (B, W-1, D) in place."""
     if use_triton(backend, past, x, weight, bias, backward=False) and past.is_contiguous():
         return decode_kernels.causal_conv_step(past, x, weight, bias)
     kind, taps = compute_dtype(x), weight[:, 0].unbind(1)  # W times (D,)
@@ -361,9 +361,9 @@ def causal_conv_step(past, x, weight, bias, backend="auto"):
 # PyTorch writes rung 3's tensors, N times as large as x, to memory and reads them again. Here a
 # program walks through time with the states of M channels in registers; what binds then is N
 # exponentials for each x. (Mamba's own kernel has an associative scan: log L rounds for L steps,
-# but more work. It helps where programs are few; so does rung 6.) In memory, states are (N, D).
+# but more work. Where programs are few, rung 6 does instead.) In memory, states are (N, D).
 # `width` is D again, as a number of which Triton knows no factor: else it reads in wide pieces, and
-# sums over N need twelve times as many exchanges between threads.
+# sums over N take twelve times the exchanges between threads.
 KEPT = 8  # every KEPT-th state is kept for the backward kernel, which computes the others again
 for_any_length = triton.jit(do_not_specialize=["length", "width"])
 
@@ -514,7 +514,7 @@ def ssd_matrix(x, log_decay, B, C):
 
 
 scan = partial(selective_scan, dt_softplus=True)
-LADDERS = {  # function: its rungs, as (name, what it adds, the function on this rung)
+LADDERS = {  # function: its rungs, as (name, what it adds, how it is called)
     "selective_scan": (
         ("1 loop", "the formula, token by token", partial(scan, backend="ref")),
         ("3 chunks", "gradients by hand, 1 state in 16 kept", partial(scan, backend="torch")),
@@ -545,31 +545,25 @@ def values_and_gradients(function, inputs):
 
 
 def largest_error(found, expected):
-    """The largest difference, each tensor's as a share of its largest expected entry."""
+    """The largest difference, each tensor's as a share of its largest entry."""
     errors = [(a - b).abs().max().float() / b.abs().max().float() for a, b in zip(found, expected)]
     return torch.stack(errors).max().item()  # unlike Python's max, it returns a NaN
 
 
-def milliseconds(function, inputs):
-    """The median of some runs, forward and backward, after a first by the caller."""
-    run_and_wait = lambda: values_and_gradients(function, inputs)[1].sum().item()
-    return 1e3 * statistics.median(timeit.repeat(run_and_wait, number=1, repeat=5))
-
-
 def bytes_kept(function, inputs):
-    """Bytes that autograd keeps for the backward pass, inputs too: every storage once."""
+    """Bytes that autograd keeps for the backward pass."""
     kept = {}
 
     def pack(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda u: u):
         values_and_gradients(function, inputs)
     return sum(kept.values())
 
 
 def main():
-    parser = Parser("Check every rung against the one below, and show what it costs.")
+    parser = Parser("Check every rung against the one below; show what it costs.")
     sizes = (1, 2048, 2048, 16) if torch.cuda.is_available() else (8, 256, 64, 16)
     for name, size in zip(("batch", "length", "channels", "states"), sizes):
         parser.add_argument(f"--{name}", type=number(1), default=size, help="of the inputs")
@@ -592,7 +586,9 @@ def main():
             error, below = largest_error(found, below or found), found
             if not error < (1e-4 if dtype == torch.float32 else 5e-2):
                 raise SystemExit(f"kernels.py: {name}, rung {rung}, is off by {error:.1e}")
-            print(f"{line} {error:8.0e} {milliseconds(function, inputs[name]):9.2f} "
+            wait = lambda: values_and_gradients(function, inputs[name])[1].sum().item()
+            seconds = statistics.median(timeit.repeat(wait, number=1, repeat=5))
+            print(f"{line} {error:8.0e} {1e3 * seconds:9.2f} "
                   f"{bytes_kept(function, inputs[name]) / 1e6:8.1f}")
 
 
