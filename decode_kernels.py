@@ -31,7 +31,7 @@ def full_precision(x):
     return torch.autocast(x.device.type, enabled=False)
 
 
-# ---- may it run, and where ----
+# ---- may it run, and where
 def check_shapes(**tensors):
     """check_shapes(x=(x, "B L D"), weight=(weight, "D 1")): ValueError names the first tensor that
     does not fit those before it, or is empty. None is skipped."""
@@ -94,7 +94,7 @@ def softplus(u):
     return tl.maximum(u, 0.0) + tl.where(e < 0.01, series, tl.log(1.0 + e))
 
 
-# ---- one token of each recurrence, for the function of that name in kernels.py ----
+# ---- one token of each recurrence, for the function of that name in kernels.py
 @triton.jit
 def _causal_conv_step_kernel(past, x, weight, bias, y, d_inner,
                              WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
@@ -182,7 +182,7 @@ def ssd_step(h, x, log_decay, B, C):
     return y
 
 
-# ---- attention ----
+# ---- attention
 @triton.jit
 def _decode_attention_kernel(q, keys, values, lengths, y, weight, capacity, parts,
                              SCALE: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -254,7 +254,7 @@ def decode_attention(q, keys, values, lengths, backend="auto"):
     return y.sum(2).flatten(1, 2).to(q.dtype)  # (B, H, P)
 
 
-# ---- a model for decoding ----
+# ---- a model for decoding
 PACK_FROM = 2 ** 18  # entries of a weight; below, a call of oneDNN costs more than it saves
 
 

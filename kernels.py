@@ -44,7 +44,7 @@ CHUNK = 16  # steps whose states the chunked scan holds at once
 LOG2_E = 1.4426950408889634  # e^u = 2^(u log2 e): on a CPU, exp2 takes a third of the time of exp
 
 
-# ---- rung 1: the loop ----
+# ---- rung 1: the loop
 def scan_loop(x, dt, A, B, C, h):
     """x, dt (B, L, D), A (D, N), B, C (B, L, G, N), h (B, D, N) -> y (B, L, D), h."""
     channels, ys = x.shape[2] // B.shape[2], []  # channel d reads group d // channels
@@ -66,7 +66,7 @@ def ssd_loop(x, log_decay, B, C, h):
     return torch.stack(ys, dim=1), h
 
 
-# ---- rung 2: matrices ----
+# ---- rung 2: matrices
 def mixing_matrix(log_decay, B, C):
     """T (B, H, L, L), float32, with y = T x for ssd from h = 0: the recurrence written out.
 
@@ -80,7 +80,7 @@ def mixing_matrix(log_decay, B, C):
     return scores * decays(log_decay.transpose(1, 2).to(kind))  # below the line
 
 
-# ---- rung 3: chunks ----
+# ---- rung 3: chunks
 def in_chunks(u, chunk):
     """(B, L, H, ...) -> (B, H, L/Q, Q, ...), behind the end 0: it adds and forgets nothing."""
     if missing := -u.shape[1] % chunk:
@@ -178,7 +178,7 @@ def scan_chunks(x, dt, A, B, C, h):
     return y.flatten(2).transpose(0, 1).contiguous(), h.transpose(-1, -2).flatten(1, 2)
 
 
-# ---- a whole sequence ----
+# ---- a whole sequence
 def selective_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, h0=None,
                    backend="auto"):
     """y (B, L, D) in x's dtype and the state h (B, D, N), float32, after the last step.
@@ -224,7 +224,7 @@ def ssd(x, log_decay, B, C, h0=None, chunk=64, backend="auto"):
     return y.to(y_dtype), h
 
 
-# ---- one token ----
+# ---- one token
 def selective_step(h, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False,
                    backend="auto"):
     """y (B, D) of one token of selective_scan; the state h (B, D, N) changes in place.
@@ -297,7 +297,7 @@ class _Decays(Function):
 decays = _Decays.apply
 
 
-# ---- the convolution ----
+# ---- the convolution
 class _CausalConv(Function):
     """y_t = bias + sum_k taps[k] x_{t-W+1+k}, in half the time of conv1d on a CPU.
 
@@ -357,7 +357,7 @@ def causal_conv_step(past, x, weight, bias, backend="auto"):
     return y.to(x.dtype)
 
 
-# ---- rung 4: Triton ----
+# ---- rung 4: Triton
 # PyTorch writes rung 3's tensors, N times as large as x, to memory and reads them again. Here a
 # program walks through time with the states of M channels in registers; what binds then is N
 # exponentials for each x. (Mamba's own kernel has an associative scan: log L rounds for L steps,
@@ -397,7 +397,7 @@ def _scan_forward_kernel(x, dt, A, B, C, h_start, y, kept, h_end, length, width,
     tl.store(h_end + batch * d_inner * d_state + states, h, mask=is_state)
 
 
-# ---- rung 5: backward ----
+# ---- rung 5: backward
 @for_any_length
 def _scan_backward_kernel(x, dt, A, B, C, kept, grad_y, g_end,
                           grad_x, grad_dt, grad_A, grad_B, grad_C, g_start, length, width,
@@ -481,7 +481,7 @@ class _TritonScan(Function):
         return grad_x, grad_dt, grad_A.sum(0), grad_B.sum(0), grad_C.sum(0), g_start
 
 
-# ---- rung 6: segments ----
+# ---- rung 6: segments
 def scan_triton(x, dt, A, B, C, h):
     """scan_loop by Triton, with time in S segments where sequences are too few to fill the GPU.
 
@@ -506,7 +506,7 @@ def scan_triton(x, dt, A, B, C, h):
     return y.view(batch, length, d_inner), h.unflatten(0, (batch, segments))[:, -1].transpose(1, 2)
 
 
-# ---- check and time ----
+# ---- check and time
 def ssd_matrix(x, log_decay, B, C):
     """y = T x."""
     T = mixing_matrix(log_decay, B, C)  # (B, H, L, L)

@@ -26,7 +26,7 @@ def run_python(*command, **environment):
     return done.stdout.splitlines()
 
 
-# ---- steps ----
+# ---- steps
 def settings_of(step):
     return {"dt_softplus": True} if step is kernels.selective_step else {}
 
@@ -118,7 +118,7 @@ def test_steps_run_where_gradients_are_recorded():
         assert y[1].requires_grad and inputs["h0"].isfinite().all()
 
 
-# ---- attention to a cache ----
+# ---- attention to a cache
 def attention_inputs(lengths, heads=4, kv_heads=2, capacity=9, head_dim=8, dtype=torch.float32):
     """Random caches; what lies behind a row's end is large, so that a glance at it shows."""
     draw, cache = drawer(torch.float32), (len(lengths), kv_heads, capacity, head_dim)
@@ -167,7 +167,7 @@ def test_decode_attention_names_the_tensor_of_wrong_shape(name, shape, message):
         decode_kernels.decode_attention(**attention_inputs([1, 2]) | {name: torch.ones(shape)})
 
 
-# ---- which backend ----
+# ---- which backend
 SCAN_BY_NAME = """
 import torch, kernels
 x, n = torch.ones(1, 3, 2), torch.ones(1, 3, 1, 2)
@@ -201,7 +201,7 @@ def test_auto_takes_triton_on_gpus_only_and_leaves_gradients_of_steps_to_pytorch
         assert decode_kernels.use_triton("auto", u.detach(), backward=False)
 
 
-# ---- ahead of time ----
+# ---- ahead of time
 def record_launches(dtype, d_state):
     """{name: (kernel, arguments)} of all kernels as the public functions launch them, not run."""
     from triton.runtime.jit import JITFunction

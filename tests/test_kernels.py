@@ -23,7 +23,7 @@ TRITON = pytest.param("triton", marks=pytest.mark.skipif(
 BACKENDS = pytest.mark.parametrize("backend", ["torch", TRITON])
 
 
-# ---- helpers ----
+# ---- helpers
 def drawer(dtype):
     """draw(*shape): normal numbers, the same in every dtype and on every device."""
     seed, kind = torch.Generator().manual_seed(0), torch.float64
@@ -106,7 +106,7 @@ def assert_scan_is_the_loop(inputs, backend, dt_softplus=True, **settings):
     assert_same(found, results(kernels.selective_scan_ref, double(inputs), **settings))
 
 
-# ---- the loops ----
+# ---- the loops
 def test_scan_loop_equals_hand_computed_numbers():
     """Two steps of one channel and state by hand: what all is compared with is right."""
     tensor = lambda *values: torch.tensor(values, dtype=torch.float64)
@@ -146,7 +146,7 @@ def test_gradcheck(backend, monkeypatch):
                          [u.requires_grad_() for u in inputs.values()])
 
 
-# ---- selective scan ----
+# ---- selective scan
 @BACKENDS
 @pytest.mark.parametrize("dt_softplus", [False, True])
 @pytest.mark.parametrize("options", [
@@ -220,7 +220,7 @@ def test_scan_keeps_a_sixteenth_of_the_states():
     assert kernels.bytes_kept(partial(kernels.selective_scan, backend="torch"), inputs) < states / 5
 
 
-# ---- SSD ----
+# ---- SSD
 @pytest.mark.parametrize("length, chunk", [(1, 64), (5, 64), (16, 16), (17, 16), (40, 16), (20, 1)])
 @pytest.mark.parametrize("h0", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -266,7 +266,7 @@ def test_ssd_and_its_matrix_with_extreme_decay(value):
     assert all(u.isfinite().all() for u in (T, gradient, *found.values()))
 
 
-# ---- both ----
+# ---- both
 SCAN = partial(kernels.selective_scan, dt_softplus=True)
 BOTH = pytest.mark.parametrize("function, make", [
     (SCAN, scan_inputs), pytest.param(partial(SCAN, backend="triton"), scan_inputs,
@@ -324,7 +324,7 @@ def test_4096_steps_are_accurate():
         assert_same(function(**inputs), ref(**double(inputs)))
 
 
-# ---- convolution ----
+# ---- convolution
 def conv_loop(x, weight, bias, past):
     """The definition, one output at a time."""
     inputs, width = torch.cat([past, x], dim=1), weight.shape[2]
@@ -353,7 +353,7 @@ def test_causal_conv_takes_each_row_at_its_own_end():
         assert torch.equal(ends[row], alone[0])
 
 
-# ---- precision, errors ----
+# ---- precision, errors
 def test_autocast_changes_nothing():
     """Red if a matrix product of ours runs in bfloat16."""
     scan, heads, conv = scan_inputs(), ssd_inputs(), conv_inputs(dtype=torch.float32)
@@ -398,7 +398,7 @@ def test_groups_must_divide_the_channels():
         kernels.selective_scan(**scan_inputs() | dict.fromkeys("BC", torch.zeros(1, 20, 4, 5)))
 
 
-# ---- the script ----
+# ---- the script
 def run_script(monkeypatch, *options):
     monkeypatch.setattr(sys, "argv", ["kernels.py", "--length", "20", "--channels", "32", *options])
     kernels.main()
