@@ -301,20 +301,16 @@ LM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)  # what is imported on the
 open("/proc/self/clear_refs", "w").write("5")  # VmHWM starts again from now
 before = mb("VmRSS")
 lm = LM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
-print(mb("VmHWM") - before, sum(p.nbytes for p in lm.parameters()) / 2 ** 20)
+assert mb("VmHWM") - before < sum(p.nbytes for p in lm.parameters()) / 2 ** 20 + 17, mb("VmHWM")
 """
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="measures by Linux's /proc")
 def test_loading_needs_little_more_than_the_weights(make_lm, tmp_path):
     """Red if a model is first made with random weights, or cast only when all is loaded: then its
-    22 MB are there two or three times. 11 MB: its largest tensor, as it is stored."""
+    22 MB are there two or three times. 17: its largest tensor as stored, 11 MB, and some."""
     make_lm(d_model=256, vocab_size=11_000, d_ff=4096).save_pretrained(tmp_path)
-    done = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path)], cwd=ROOT, timeout=120,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    peak, weights = map(float, done.stdout.split())
-    assert peak < weights + 11 + 6, f"{peak} MB for {weights} MB of weights"
+    subprocess.run([sys.executable, "-c", LOAD, str(tmp_path)], cwd=ROOT, timeout=120, check=True)
 
 
 @pytest.mark.parametrize("fields, message", [
@@ -330,7 +326,7 @@ def test_impossible_configs_are_refused_with_the_values(fields, message):
         Config(**fields)
 
 
-def test_a_mixer_refuses_what_it_cannot_take_and_a_config_what_it_does_not_have():
+def test_a_mixer_refuses_what_it_cannot_take_and_a_config_what_it_lacks():
     with pytest.raises(ValueError, match="d_state = 16 does not divide .* = 6"):
         LM(Config(n_layers=1, mixers=["mamba"], head_dim=6, n_kv_heads=1))
     with pytest.raises(TypeError, match="n_layer"):
@@ -482,13 +478,8 @@ def test_a_student_can_be_a_teacher(make_lm):
         student_from(hybrid, ["mamba", "attention", "mamba2_step"])
     with pytest.raises(ValueError, match="d_state = 4: a mixer that is kept"):
         student_from(hybrid, ["mamba", "mamba2", "mamba2"], d_state=4)
-
-
-@pytest.mark.parametrize("mixers, message", [
-    (["mamba"], "1 entries for n_layers = 3"), (["rnn"] * 3, "unknown mixer")])
-def test_impossible_students_are_refused(make_lm, mixers, message):
-    with pytest.raises(ValueError, match=message):
-        student_from(make_lm(), mixers)
+    with pytest.raises(ValueError, match="1 entries for n_layers = 3"):
+        student_from(hybrid, ["mamba"])
 
 
 # ---- a mixer of one's own
@@ -499,8 +490,8 @@ class GatedLinearAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_heads, inner = config.n_heads, config.n_heads * config.head_dim
-        for name in "q_proj", "k_proj", "v_proj", "a_proj":
-            self.add_module(name, nn.Linear(config.d_model, inner, bias=False))
+        self.q_proj, self.k_proj, self.v_proj, self.a_proj = (
+            nn.Linear(config.d_model, inner, bias=False) for _ in range(4))
         self.decay_bias = nn.Parameter(torch.zeros(inner))
         self.o_proj = nn.Linear(inner, config.d_model, bias=False)
 
