@@ -94,9 +94,9 @@ class Attention(nn.Module):
     """Causal grouped-query attention with RoPE (Touvron et al. 2023; Ainslie et al. 2023).
 
     Its cache holds the keys and values of all past tokens: it grows, and every new token reads all
-    of it. That is what the mixers below do without. Every mixer names its module in checkpoints
-    (key), its last product, and the weights that stay float32 in a bfloat16 model.
+    of it. That is what the mixers below do without.
     """
+    # name in checkpoints, last product, weights that stay float32 in a bfloat16 model
     key, output, float32 = "self_attn", "o_proj", ()
 
     def __init__(self, config):
@@ -225,8 +225,8 @@ class Mamba2(nn.Module):
         out = W_o (y * SiLU(z + z_bias))
 
     As a matrix over time, y = T x with T_ts = (C_t . B_s) prod_{s<r<=t} decay_r: attention without
-    softmax, with forgetting. That is why q, k, v and o fit C, B, x and out. a_bias (A_log_bias,
-    zero in Llamba's files, which lack it) lets heads start with memories of different length.
+    softmax, with forgetting. That is why q, k, v and o fit C, B, x and out. a_bias (A_log_bias, not
+    in Llamba) lets heads start with memories of different length.
     """
     key, output, float32 = "mamba2", "out_proj", ("A_log_bias", "D")
 
@@ -312,13 +312,12 @@ class LM(nn.Module):
         super().__init__()
         self.config, self.frequencies = config, rope_frequencies(config)
         self.model = nn.Module()
-        table = torch.empty(config.vocab_size, config.d_model)  # filled by reset_parameters
-        self.model.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
         self.model.layers = nn.ModuleList(Block(config, mixer) for mixer in config.mixers)
         self.model.norm = RMSNorm(config.d_model, config.norm_eps)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        if not table.is_meta:
+        if self.device.type != "meta":
             self.apply(self.reset_parameters)
 
     layers = property(lambda self: self.model.layers)
@@ -406,9 +405,8 @@ def student_from(teacher, mixers, d_state=None, transfer=True):
         v_proj  (K P, d)    in_proj_x           rows x of in_proj, kv heads repeated to H
         o_proj  (d, H P)    out_proj            out_proj
 
-    transfer=False leaves these at their random start, to see what the transfer is worth. A d_state
-    of mamba2 other than head_dim leaves no place for q and k. ValueError for a layer that cannot be
-    made from its teacher's.
+    transfer=False leaves these random. A d_state of mamba2 other than head_dim has no place for q
+    and k. ValueError for a layer that cannot be made from its teacher's.
     """
     config = dataclasses.replace(teacher.config, mixers=list(mixers),
                                  d_state=d_state or teacher.config.d_state)
@@ -429,8 +427,7 @@ def student_from(teacher, mixers, d_state=None, transfer=True):
 
 
 def mamba_from_attention(mamba, attention, transfer):
-    """Move q, k, v, o; the convolution passes the current token, gate and dt stay random: a SiLU
-    behind the convolution and a gate without bias allow no copy of attention's matrix."""
+    """Move q, k, v, o; the convolution passes the current token, gate and dt stay random."""
     if transfer:
         mamba.C_proj.weight.copy_(attention.q_proj.weight)
         mamba.B_proj.weight.copy_(attention.k_proj.weight)
@@ -440,11 +437,9 @@ def mamba_from_attention(mamba, attention, transfer):
 
 
 def mamba2_from_attention(mamba2, attention, transfer):
-    """Move q, k, v, o; only softmax and decay then tell the mixer from attention.
-
-    The convolution is the identity, the gate SiLU(UNIT_GATE) = 1, the skip D is 0. Decays start
-    slow, another for each head: a state that forgets within a few tokens gets no gradient for what
-    it should have kept.
+    """Move q, k, v, o; only softmax and decay then tell the mixer from attention: the convolution
+    is the identity, the gate SiLU(UNIT_GATE) = 1, the skip D is 0. Decays start slow, another for
+    each head: a state that forgets at once gets no gradient for what it should have kept.
     """
     def repeat(weight):  # (K P, d) -> (H P, d): kv heads for the query heads that share them
         heads = weight.unflatten(0, (-1, attention.head_dim))
@@ -465,7 +460,7 @@ def mamba2_from_attention(mamba2, attention, transfer):
     mamba2.A_log_bias.copy_(memories)
     mamba2.D.zero_()
     identity_convolution(mamba2.conv1d)
-    # B and C: keeps C . B of order 1. With taps of 1 the first loss is 1,000 times larger.
+    # B and C: C . B is then of order 1; with taps of 1 the first loss is 1,000 times larger
     mamba2.conv1d.weight[mamba2.sizes[0]:, :, -1] = 1 / attention.head_dim
 
 
@@ -541,10 +536,8 @@ class State:
 
 
 class CacheReads:
-    """Where one pass writes into the caches and what it reads; made once, shared by all layers.
-
-    valid (B, L) is False where a token is padding, None if no token is. is_step: one token a row.
-    """
+    """Where one pass writes into the caches and what it reads, for all layers. valid (B, L) is
+    False where a token is padding, None if none is. is_step: one token a row."""
     ROWS = 32
 
     def __init__(self, state, length, dtype, counts=None):
@@ -561,11 +554,8 @@ class CacheReads:
 
     @functools.cached_property
     def groups(self):
-        """(rows, columns to read, mask (rows, 1, L, columns)) of every ROWS rows.
-
-        Decoding is made of memory traffic: a group is read up to its own longest row only, and
-        sample.py sorts rows by length.
-        """
+        """(rows, columns to read, mask (rows, 1, L, columns)) of every ROWS rows: each group is
+        read up to its own longest only, and sample.py sorts rows by length."""
         groups = []
         for start in range(0, len(self.lengths), self.ROWS):
             rows = slice(start, start + self.ROWS)
@@ -578,10 +568,8 @@ class CacheReads:
 
 
 def attend_to_cache(q, k, v, cache, reads):
-    """Write k and v behind each row's past, then attend to what the row has used: (B, H, L, P).
-
-    The H/K query heads of a kv head become rows of queries of that head: nothing is copied.
-    """
+    """Write k and v behind each row's past, then attend to what the row has used: (B, H, L, P). The
+    H/K query heads of a kv head become rows of queries of that head: no key is copied."""
     keys, values = cache["keys"], cache["values"]  # (B, K, T, P)
     keys[reads.rows, :, reads.columns] = k.transpose(1, 2)[reads.real]
     values[reads.rows, :, reads.columns] = v.transpose(1, 2)[reads.real]
@@ -598,9 +586,8 @@ def attend_to_cache(q, k, v, cache, reads):
 
 
 def convolve(conv, x, cache, reads):
-    """The causal convolution of x (B, L, D): each channel's last W tokens, weighted. The cache has
-    the W-1 tokens before x; a row's new past ends where the row does, not where its padding does.
-    """
+    """The causal convolution of x (B, L, D). The cache has the W-1 tokens before x; a row's new
+    past ends where the row does, not where its padding does."""
     if cache is None:
         return kernels.causal_conv(x, conv.weight, conv.bias)[0]
     if reads.is_step:
@@ -643,9 +630,8 @@ def save_pretrained(lm, folder):
 
 
 def from_pretrained(cls, path_or_repo, device=None, dtype=None):
-    """The model in a folder or a Hugging Face repository: ours, any Llama, a released student.
-
-    dtype None: as stored. FileNotFoundError or ValueError names what is missing or unsupported.
+    """The model in a folder or a Hugging Face repository: ours, any Llama, a released student; in
+    its stored dtype if None. FileNotFoundError or ValueError names what is missing or unsupported.
     """
     folder = hub.checkpoint_folder(path_or_repo)
     with torch.device("meta"):  # shapes without memory
@@ -662,14 +648,13 @@ LM.save_pretrained, LM.from_pretrained = save_pretrained, classmethod(from_pretr
 
 
 class Mamba2WithStep(Mamba2):
-    """The Mamba-2 of Dao & Gu (2024), as released MambaInLlama checkpoints have it: with a step dt.
+    """The Mamba-2 of Dao & Gu (2024) in released MambaInLlama checkpoints, with a step dt.
 
         (x, B, C) <- SiLU(conv(x, B, C))      dt = softplus(a + a_bias)
         decay = exp(-dt exp(A_log))           h_t = decay_t h_{t-1} + dt_t x_t B_t^T
         out = W_o norm(y * SiLU(z + z_bias)), an RMS norm over each head's channels
 
-    Follows MambaInLlama's mamba2/hybrid_mamba_layer.py. It runs what was released; student_from
-    makes none.
+    Follows MambaInLlama's mamba2/hybrid_mamba_layer.py, to run what was released.
     """
     float32 = "A_log_bias", "A_log", "D"
     mixing_matrix = None
