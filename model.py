@@ -18,8 +18,9 @@ Glossary for every file. Sizes in shape comments, tensors in code:
     V, W  vocab_size, d_conv  tokens; convolution taps   h      state of the recurrence
 
 The tensors B, C, D clash with the sizes B, D as they do in the papers: `B (B, L, G, N)` is the
-matrix B. Parameters have the names of the code this follows: transformers' modeling_llama.py,
-MambaInLlama's mamba/hybrid_mamba_layer.py ("mamba"), cartesia-ai/edge's Llamba ("mamba2").
+matrix B. T is also a mixer as a matrix over time, Q the steps of a chunk. Parameters have the names
+of the code this follows: transformers' modeling_llama.py, MambaInLlama's
+mamba/hybrid_mamba_layer.py ("mamba"), cartesia-ai/edge's Llamba ("mamba2").
 """
 import dataclasses
 import functools
@@ -152,15 +153,16 @@ class MLP(nn.Module):
 
 # ---- Mamba
 class Mamba(nn.Module):
-    """MambaInLlama's Mamba-1 mixer (Wang et al. 2024): x, B, C, out where v, k, q, o stood.
+    """MambaInLlama's Mamba-1 mixer (Wang et al. 2024): x, B, C, out where v, k, q, o stood. (The
+    built-in experiment uses Mamba2, below.)
 
         x = SiLU(conv(repeat(W_x u)))     B = repeat(W_B u)     C = W_C u     z = W_z u
         dt = softplus(W_dt W_down u + b)
         h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t          y_t = C_t h_t + D x_t
         out = W_o (y * SiLU(z))
 
-    Channels form groups of N that share B and C; `repeat` copies the groups of K heads to H heads.
-    The cache holds the last W-1 inputs of the convolution, and h: it does not grow.
+    N neighbouring channels, a group, share B and C (N numbers each); `repeat` copies the groups of
+    K heads to H heads. The cache, W-1 inputs of the convolution and h, does not grow.
     """
     key, output, float32 = "mamba", "out_proj", ("A_log", "D", "dt_proj.bias")
 
@@ -217,7 +219,7 @@ class Mamba(nn.Module):
 
 
 class Mamba2(nn.Module):
-    """The discrete Mamba-2 mixer of Llamba (Bick et al. 2024, 2025): one decay per head and token.
+    """Llamba's Mamba-2 mixer (Bick et al. 2024, 2025), "discrete": without dt, one decay per head.
 
         (x, B, C, z, a) = W_in u       (x, B, C) <- causal conv(x, B, C)
         decay = sigmoid(-(a + a_bias))
@@ -226,7 +228,7 @@ class Mamba2(nn.Module):
 
     As a matrix over time, y = T x with T_ts = (C_t . B_s) prod_{s<r<=t} decay_r: attention without
     softmax, with forgetting. That is why q, k, v and o fit C, B, x and out. a_bias (A_log_bias, not
-    in Llamba) lets heads start with memories of different length.
+    in Llamba) gives each head its own length of memory: the smaller, the longer.
     """
     key, output, float32 = "mamba2", "out_proj", ("A_log_bias", "D")
 
@@ -278,7 +280,9 @@ class Mamba2(nn.Module):
         return kernels.mixing_matrix(log_decay, B.float(), C.float()) + skip
 
 
-# A mixer of your own is one class like these, one entry here and one in FROM_ATTENTION.
+# A mixer of your own is a class with what Mamba2 has (mixing_matrix only for orientation), an entry
+# here and one in FROM_ATTENTION. Below the line: `reads` (CacheReads) says where the tokens stand
+# in each row's cache, `masked` makes padding change nothing, `convolve` goes on from a cache.
 MIXERS = {"attention": Attention, "mamba": Mamba, "mamba2": Mamba2}
 
 
@@ -376,6 +380,7 @@ class LM(nn.Module):
         (B,) row b has counts[b] tokens, the rest is padding on its right, and logits (B, 1, V) are
         those of each row's last token.
         """
+        # no gradients with a state: it changes in place
         with torch.set_grad_enabled(torch.is_grad_enabled() and state is None):
             for x in self.hidden_states(tokens, state, counts):
                 pass  # only the last one is needed, and only one at a time is kept
@@ -437,9 +442,9 @@ def mamba_from_attention(mamba, attention, transfer):
 
 
 def mamba2_from_attention(mamba2, attention, transfer):
-    """Move q, k, v, o; only softmax and decay then tell the mixer from attention: the convolution
-    is the identity, the gate SiLU(UNIT_GATE) = 1, the skip D is 0. Decays start slow, another for
-    each head: a state that forgets at once gets no gradient for what it should have kept.
+    """Move q, k, v, o. Softmax and RoPE are lost; the gate starts as SiLU(UNIT_GATE) = 1, the skip
+    D as 0, and the convolution passes the current token. Decays start slow, another for each head:
+    a state that forgets at once gets no gradient for what it should have kept.
     """
     def repeat(weight):  # (K P, d) -> (H P, d): kv heads for the query heads that share them
         heads = weight.unflatten(0, (-1, attention.head_dim))
@@ -460,7 +465,7 @@ def mamba2_from_attention(mamba2, attention, transfer):
     mamba2.A_log_bias.copy_(memories)
     mamba2.D.zero_()
     identity_convolution(mamba2.conv1d)
-    # B and C: C . B is then of order 1; with taps of 1 the first loss is 1,000 times larger
+    # keeps C . B of order 1, as softmax does; with taps of 1 the loss starts 1,000 times larger
     mamba2.conv1d.weight[mamba2.sizes[0]:, :, -1] = 1 / attention.head_dim
 
 
