@@ -1,8 +1,8 @@
 """Tasks and tokenizers: what goes into a model, and what counts as right.
 
-    problems = load_task("arithmetic", "test")        # or "gsm8k", ..., or a .jsonl file
-    tokenizer = load_tokenizer("arithmetic")          # or a checkpoint's folder, or a repository
-    prompt = tokenizer.chat(problems[0].question)     # token ids up to where the answer starts
+    problems = load_task("arithmetic", "test")     # or "gsm8k", ..., or a .jsonl file
+    tokenizer = load_tokenizer("arithmetic")       # or a checkpoint's folder, or a repository
+    prompt = tokenizer.chat(problems[0].question)  # token ids up to where the answer starts
 """
 import base64
 import itertools

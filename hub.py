@@ -109,17 +109,16 @@ WRITTEN = dict(model_type="llama", hidden_act="silu", attention_bias=False, mlp_
 ROPE = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
 SIZE = "a whole number, 1 to 10^7", lambda v: type(v) is int and 1 <= v <= 10 ** 7
 RATE = "a number above 0, to 10^12", lambda v: type(v) in (int, float) and 0 < v <= 1e12
-KINDS = WRITTEN | dict.fromkeys(HF_KEYS.values(), SIZE) | dict.fromkeys(ROPE, RATE) | dict(
+IDS = "ids", lambda v: all(type(i) is int and 0 <= i <= 10 ** 7 for i in v)
+KINDS = dict.fromkeys(HF_KEYS.values(), SIZE) | WRITTEN | dict.fromkeys(ROPE, RATE) | dict(
     rms_norm_eps=RATE, rope_theta=RATE, rope_scaling=dict, tie_word_embeddings=bool, mixers=list,
-    eos_token_id=list, rope_interleaved=False, partial_rotary_factor=1.0, sliding_window=None)
+    eos_token_id=IDS, rope_interleaved=False, partial_rotary_factor=1.0)
 
 
 def eos_list(values):
     """The eos_token_id of a config, an id, several, null or missing, as a list."""
     ids = values.get("eos_token_id")
-    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    require(all(type(i) is int and i >= 0 for i in ids), f"eos_token_id = {ids}, expected ids")
-    return ids
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def llama_fields(values):
@@ -195,13 +194,13 @@ def read_config(folder):
 # ---- weights
 def map_file(path, names=None):
     """{name: tensor} of a weight file (of these names; of a .bin all), mapped: what is used is in
-    memory until the tensor is dropped. ValueError if a name comes twice."""
+    memory until the tensor is dropped."""
     with naming(path):
         if path.suffix == ".bin":  # weights_only: a pickle may hold any code
             tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             return {name: tensor.detach() for name, tensor in tensors.items()}
-        if names is None:  # read from its header, which follows its length
-            with path.open("rb") as file:
+        if names is None:
+            with path.open("rb") as file:  # the length of its header, and the header
                 header = file.read(int.from_bytes(file.read(8), "little"))
             names = [name for name, _ in json.loads(header, object_pairs_hook=list)]
             require(len(names) == len({*names}), "a name comes twice in its header")
@@ -242,14 +241,14 @@ def mamba_in_llama_tensors(name, tensor, fields, shapes):
         return dict(zip(names, tensor.split([shapes[ours][0] for ours in names])))
     if key == "mamba.dt_proj.bias":  # their dt_proj adds it, and their scan adds it again
         tensor = 2 * tensor
-    if key.startswith("mamba.conv1d.") and len(tensor) == kv:  # repeat_kv_before_conv = false
+    if key.startswith("mamba.conv1d.") and len(tensor) == kv:  # it runs before kv repeat
         tensor = repeat_groups(tensor, 16, inner // kv)
     return {name: tensor}
 
 
 def mamba2_rows(key, tensor, inner, kv, fields):
-    """Rows z | x | B | C | dt become x | B | C | z | a, the kv heads of x and B repeated; likewise
-    x | B | C of a conv1d that runs before that (repeat_kv_before_conv = false)."""
+    """Rows z | x | B | C | dt of in_proj become x | B | C | z | a, the kv heads of x and B repeated
+    for the query heads; likewise x | B | C of a conv1d that runs before they are repeated."""
     z = a = tensor[:0]
     if key == "mamba.in_proj.weight":
         z, x, B, C, a = tensor.split([inner, kv, kv, inner, fields["n_heads"]])
@@ -262,7 +261,7 @@ def mamba2_rows(key, tensor, inner, kv, fields):
 
 
 def repeat_groups(tensor, size, times):
-    """[k1, k2] -> [k1, k1, k2, k2], each of `size` rows: kv heads as the query heads use them."""
+    """[k1, k2] -> [k1, k1, k2, k2], each of `size` rows."""
     return tensor.unflatten(0, (-1, size)).repeat_interleave(times, dim=0).flatten(0, 1)
 
 
@@ -297,7 +296,7 @@ def write_checkpoint(folder, fields, tensors):
     dtype = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
     config = dict(architectures=["LlamaForCausalLM"]) | WRITTEN | dict(torch_dtype=dtype)
     config |= {HF_KEYS[field]: value for field, value in fields.items()}
-    config["eos_token_id"] = config.get("eos_token_id") or None
+    config["eos_token_id"] = config["eos_token_id"] or None
     if config.get("rope_scaling"):
         config["rope_scaling"] = dict(rope_type="llama3") | config["rope_scaling"]
     replace_file(Path(folder, "model.safetensors"),
@@ -391,7 +390,7 @@ def chat_of(folder, special):
         folder, "tokenizer_config.json").get("chat_template")
     for words, *chat in CHATS:
         chat = [[part for part in re.split(r"(<\|\w+\|>)", text) if part] for text in chat]
-        known = all(part in special for parts in chat for part in parts if part[:2] == "<|")
+        known = all(part in special for part in sum(chat, []) if part[:2] == "<|")
         if known and words in str(template or NO_TEMPLATE):  # a list if there are several
             return chat
     raise ValueError("its chat template is neither Llama 3's nor SmolLM2's")
@@ -414,7 +413,8 @@ def read_tokenizer(folder):
         ids = eos_list(optional_json(folder, "config.json")
                        | optional_json(folder, "generation_config.json"))
         names = {token: name for name, token in special.items()}
-        require({*ids} <= names.keys(), f"its eos_token_id, {ids}, is not of special tokens")
+        require(all(i in special.values() for i in ids),
+                f"its eos_token_id, {ids}, is not of special tokens")
         ends = [after[0], "<|end_of_text|>", "<|endoftext|>", "<|eom_id|>", *map(names.get, ids)]
         eos = list(dict.fromkeys(end for end in ends if end in special))
         return found | dict(chat=[before, after], trim=after[0] == "<|eot_id|>", eos=eos)
