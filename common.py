@@ -121,7 +121,7 @@ FIELDS = {str: ("text", lambda v: type(v) is str), list: ("a list", lambda v: ty
 
 def check_fields(record, fields, where):
     """ValueError unless a record has these fields, {name: kind}. A kind is a type of FIELDS, a pair
-    like its values, or the one value that is allowed beside null and none."""
+    like its values, or the only value that is allowed beside null."""
     for name, kind in fields.items():
         if not isinstance(kind, (type, tuple)):
             kind = json.dumps(kind), lambda v, only=kind: v in (None, only)
@@ -143,12 +143,11 @@ def json_lines(path, torn=False):
 
 
 def read_jsonl(path, fields=(), torn=False):
-    """The dicts of json_lines in a list, each with these fields {name: str, int or float}."""
-    records = []
-    for where, record in json_lines(path, torn):
+    """The dicts of json_lines in a list, each with these fields, as in check_fields."""
+    lines = list(json_lines(path, torn))
+    for where, record in lines:
         check_fields(record, dict(fields), where)
-        records.append(record)
-    return records
+    return [record for _, record in lines]
 
 
 def json_line(record):
@@ -181,8 +180,7 @@ def write_json(path, value):
 
 def crc(content):
     """CRC-32 of a text or of bytes, 8 hexadecimal digits."""
-    if isinstance(content, str):
-        content = content.encode("utf-8", "surrogatepass")
+    content = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
     return f"{zlib.crc32(content):08x}"
 
 
@@ -222,12 +220,12 @@ def locked(folder):
 
 def find_models(out):
     """Folders of the finished checkpoints under `out`: the teacher first, then by name."""
-    names = [path.parent.name for path in Path(out).glob("*/config.json")]
-    names = [name for name in names if not name.endswith(".tmp")]
-    if not names:
+    models = [path.parent for path in Path(out).glob("*/config.json")]
+    models = [model for model in models if model.suffix != ".tmp"]
+    if not models:
         raise ValueError(f"no models under {out}/: run python distill.py first, "
                          f"or name one with --model")
-    return [f"{out}/{name}" for name in sorted(names, key=lambda name: (name != "teacher", name))]
+    return sorted(map(str, models), key=lambda model: (Path(model).name != "teacher", model))
 
 
 # ---- device

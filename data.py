@@ -41,9 +41,9 @@ class Problem:
 #   1.0) 4139 x7 = 8973
 #   \boxed{8973}
 #
-# Additions are easy and fill the page. A small model gets a multiplication, done in the head, right
-# only some of the time: many rounds are hard, and so are large numbers. The number is coprime to
-# 10, so that a round maps no two numbers to one: the answer is right only if the whole chain is.
+# Additions are easy and fill the page; a multiplication, done in the head, a small model gets right
+# only some of the time: many rounds are hard, and so are large numbers. They are coprime to 10, so
+# that a round maps no two values to one: the answer is right only if the whole chain is.
 ROUNDS, NUMBERS = (1, 6), (3, 7, 11, 13, 17)
 TRAIN_PROBLEMS, TEST_PROBLEMS = 50_000, 1_000
 
@@ -81,9 +81,9 @@ class Tokenizer:
     """A tiktoken.Encoding, and what a chat puts around a question and ends an answer with.
 
     `definition` is saved with a checkpoint: pattern (regex that cuts a text into pieces), ranks
-    (each id's bytes in base64, null where it is special), special (name -> id), chat (before and
-    after the question: lists of special names and plain texts), trim (strip the question?), eos
-    (names; the first ends a turn).
+    (each id's bytes in base64, null if special), special (name -> id), chat (before and after the
+    question: lists of special names and texts), trim (strip the question?), eos (names; the first
+    ends a turn).
     """
 
     def __init__(self, definition):
@@ -106,7 +106,7 @@ class Tokenizer:
             return self.encoding.decode(ids)
 
     def chat(self, question, first=True):
-        """The prompt for a question, up to where the answer starts; what it spells is plain text.
+        """The ids of the prompt for a question, which is plain text, up to where the answer starts.
         first=False: a later turn, without begin-of-text and system message."""
         before, after = self.definition["chat"]
         once = {"<|begin_of_text|>", *self.definition["eos"][:1]}  # this one ends the message
@@ -128,8 +128,8 @@ class Tokenizer:
 def arithmetic_definition():
     """The built-in task's tokenizer: bytes, all two-digit numbers, and the words of the task.
 
-    With two digits a token (Llama 3 has up to three) and 2.7) or +7 or x13 as one, the operands of
-    a step are at most three tokens away, within the reach of a convolution of width 4.
+    With two digits a token and 2.7) or +7 or x13 as one, the operands of a step are at most three
+    tokens away, within the reach of a convolution of width 4.
     """
     rng = random.Random(0)
     text = "\n".join(part for _ in range(1000) for part in arithmetic_problem(rng)[:2])
@@ -152,7 +152,8 @@ def encodable(text, missing):
     some, of control characters)."""
     if missing:
         text = text.encode("utf-8", "replace").translate(None, missing).decode("utf-8", "ignore")
-    cuts = [match.end() for match in re.finditer(rf"\s{{{LONGEST_RUN}}}", text)]
+    runs = re.finditer(rf"\s{{999,{LONGEST_RUN}}}", text)
+    cuts = [run.end() for run in runs if len(run[0]) == LONGEST_RUN]
     return (text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)]))
 
 
@@ -226,7 +227,7 @@ INSTRUCTION = "{question}\n\nReason step by step, and put your final answer with
 
 
 def prompt_template(task, path=None):
-    """The text with {question} in it that is asked: a file's, else INSTRUCTION, or for the built-in
+    """What is asked, with {question} in it: a file's text, else INSTRUCTION, or for the built-in
     task the bare question."""
     if path is None:
         return "{question}" if task == "arithmetic" else INSTRUCTION
