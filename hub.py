@@ -106,11 +106,10 @@ HF_KEYS = dict(  # field of model.Config -> key of a Llama's config.json, which 
     max_length="max_position_embeddings") | {key: key for key in (  # the last four are ours
         "head_dim rope_theta rope_scaling mixers d_state d_conv dt_rank".split())}
 WRITTEN = dict(model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False)
-ROPE = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
 SIZE = "a whole number, 1 to 10^7", lambda v: type(v) is int and 1 <= v <= 10 ** 7
 RATE = "a number above 0, to 10^12", lambda v: type(v) in (int, float) and 0 < v <= 1e12
 IDS = "ids", lambda v: all(type(i) is int and 0 <= i <= 10 ** 7 for i in v)
-KINDS = dict.fromkeys(HF_KEYS.values(), SIZE) | WRITTEN | dict.fromkeys(ROPE, RATE) | dict(
+KINDS = dict.fromkeys(HF_KEYS.values(), SIZE) | WRITTEN | dict(
     rms_norm_eps=RATE, rope_theta=RATE, rope_scaling=dict, tie_word_embeddings=bool, mixers=list,
     eos_token_id=IDS, rope_interleaved=False, partial_rotary_factor=1.0)
 
@@ -132,7 +131,7 @@ def llama_fields(values):
     check_fields(values, {key: KINDS[key] for key in KINDS if key in needed}, "config.json")
     kind = values.get("rope_type", values.get("type", "default"))
     values["rope_scaling"] = None if kind == "default" else dict(rope_type=kind) | {
-        key: values[key] for key in ROPE if key in values}
+        key: value for key, value in rope.items() if key != "rope_theta" and RATE[1](value)}
     if values.get("discrete_mamba2") is False:  # a key that we wrote once
         values["mixers"] = [{"mamba2": "mamba2_step"}.get(x, x) for x in values["mixers"]]
     return {field: values[key] for field, key in HF_KEYS.items() if key in values}
@@ -186,7 +185,7 @@ def read_layout(folder):
 
 
 def read_config(folder):
-    """Fields of model.Config in a folder's config.json; what it does not say is left out.
+    """Fields of model.Config in a folder's config.json, without those that it leaves open.
     FileNotFoundError if there is none, ValueError naming what is not supported."""
     return read_layout(folder)[0]
 
@@ -283,8 +282,8 @@ def read_tensors(folder, shapes, cast):
                     require(part.shape == shapes.get(ours),
                             f"expected {shapes.get(ours, 'no such tensor')}")
                     tensors[ours] = cast(ours, part)
-                    finite = torch.stack(tensors[ours].aminmax()).isfinite().all()
-                    require(finite, "holds nan or infinity")
+                    extremes = torch.stack(tensors[ours].aminmax())
+                    require(extremes.isfinite().all(), "holds nan or infinity")
         missing = ", ".join(sorted(shapes.keys() - tensors.keys()))
         require(not missing, f"missing tensors: {missing[:300]}")
     return tensors
@@ -383,8 +382,8 @@ NO_TEMPLATE = "Cutting Knowledge Date, or no template"  # with Llama 3's vocabul
 
 
 def chat_of(folder, special):
-    """What comes before and after a question, each as a list of special tokens and texts. The
-    folder's chat template is recognised, not run."""
+    """What comes before and after a question, each as a list of special tokens and texts, by the
+    folder's chat template, which is recognised, not run."""
     path = Path(folder, "chat_template.jinja")
     template = path.read_text("utf-8") if path.is_file() else optional_json(
         folder, "tokenizer_config.json").get("chat_template")
@@ -397,11 +396,9 @@ def chat_of(folder, special):
 
 
 def read_tokenizer(folder):
-    """The definition of data.Tokenizer, {pattern, ranks, special, chat, trim, eos}, of a folder.
-
-    Llama 3's tokenizer.model counts first (Meta has it in original/), then tokenizer.json.
-    FileNotFoundError if there is neither, ValueError if it cannot be used.
-    """
+    """The definition of data.Tokenizer, {pattern, ranks, special, chat, trim, eos}, of a folder:
+    of Llama 3's tokenizer.model (Meta has it in original/), else of tokenizer.json.
+    FileNotFoundError if there is neither, ValueError if it cannot be used."""
     files = "tokenizer.model", "original/tokenizer.model", "tokenizer.json"
     path = next(filter(Path.is_file, (Path(folder, name) for name in files)), None)
     if path is None:
