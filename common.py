@@ -87,7 +87,7 @@ def number(least, most=10 ** 12, kind=int):
 
 def folder_name(text):
     """An argparse type: a name that is one part of a path."""
-    if text in ("", ".", "..") or {*text} & {*"/\\\0"} or text.endswith(".tmp"):
+    if text in ("", ".", "..") or set(text) & set("/\\\0") or text.endswith(".tmp"):
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a plain name: no '/', not '.' or '..', no '.tmp' at its end")
     return text
@@ -208,8 +208,9 @@ def locked(folder):
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for half in Path(folder).glob("*.[0-9]*.tmp"):  # of a file of a killed process
-            half.unlink()
+        for path in Path(folder).iterdir():
+            if re.search(r"\.\d+\.tmp$", path.name):  # half a file of a killed process
+                path.unlink()
         yield
     except BlockingIOError:
         raise ValueError(f"another process is working in {folder}: wait for it, "

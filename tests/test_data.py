@@ -24,15 +24,14 @@ ARITHMETIC = {split: list(itertools.islice(data.arithmetic_problems(split), 1500
 def test_train_and_test_problems_never_overlap_and_never_change(monkeypatch):
     """Red if the splits differ by their seed alone: a question could then be drawn for both; or if
     hash() or global random state takes part."""
-    questions = [{problem.question for problem in problems} for problems in ARITHMETIC.values()]
-    assert len(questions[0]) > 1400 and not questions[0] & questions[1]
+    train, test = ({problem.question for problem in problems} for problems in ARITHMETIC.values())
+    assert len(train) > 1400 and not train & test
     monkeypatch.setattr(data, "TRAIN_PROBLEMS", 30)
     assert load_task("arithmetic", "train") == ARITHMETIC["train"][:30]
     assert load_task("arithmetic", "test") == ARITHMETIC["test"][:1000]
-    ids = [problem.id for problems in ARITHMETIC.values() for problem in problems]
-    assert len(set(ids)) == len(ids)
-    starts = {split: problems[7].question[-4:] for split, problems in ARITHMETIC.items()}
-    assert starts == dict(train="2329", test="7656")
+    assert len({problem.id for problems in ARITHMETIC.values() for problem in problems}) == 3000
+    starts = [problems[7].question[-4:] for problems in ARITHMETIC.values()]
+    assert starts == ["2329", "7656"]
 
 
 def literal_solution(question):
@@ -130,8 +129,7 @@ def test_samples_are_a_task(tmp_path):
     path = write(tmp_path / "samples.jsonl", *(
         dict(problem=0, sample=0, question=question, gold="5", completion=text, finish=finish)
         for question, text, finish in rows))
-    train = load_task(path, "train")
-    solutions = ["so \\boxed{6}\n", "", "", "#### 5 \\boxed{5}"]
+    train, solutions = load_task(path, "train"), [rows[0][1], "", "", rows[3][1]]
     assert [problem.solution for problem in train] == solutions
     assert [data.solution_text(problem) for problem in train] == solutions
     assert {problem.answer for problem in train} == {"5"}
