@@ -22,8 +22,8 @@ def first_line(error):
 def run(main, lower="the batch", child=False, resumes=True):
     """Run a script's main: a user's mistake ends in one line and exit code 2.
 
-    lower: the option to name when memory runs out. child: its parent ends it and reports.
-    resumes: after an interruption, the same command goes on.
+    lower: what to lower when memory runs out. child: its parent ends it and reports. resumes:
+    after an interruption, the same command goes on.
     """
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     # else a shell's background jobs ignore Ctrl-C
@@ -132,10 +132,8 @@ def check_fields(record, fields, where):
 
 
 def json_lines(path, torn=False):
-    """Yield ("path, line n", dict) for each line of a .jsonl file that isn't blank, if it exists.
-
-    torn: leave out a last line without an end, which a kill cut off.
-    """
+    """Yield ("path, line n", dict) for each line of a .jsonl file that isn't blank, if it exists;
+    torn: but for a last line without an end, which a kill cut off."""
     lines = Path(path).read_bytes().split(b"\n") if os.path.exists(path) else []
     for i, line in enumerate(lines[:-1] if torn else lines, 1):
         if line.strip():
@@ -158,8 +156,7 @@ def json_line(record):
 # ---- files and runs
 def replace_file(path, write):
     """Call write(temporary path), then rename: readers see the old file or the new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         write(temporary)
@@ -185,10 +182,8 @@ def crc(content):
 
 
 def same_settings(path, settings, begun):
-    """ValueError names each setting in which a run differs from the one recorded in `path`.
-
-    begun: whether that one completed a step or a record; if not, nothing is compared.
-    """
+    """ValueError names each setting in which a run differs from the one recorded in `path`, if that
+    one has begun: completed a step or a record."""
     if not begun:
         return
     old, new = read_json(path), json.loads(json.dumps(settings))  # tuples become lists

@@ -162,7 +162,7 @@ def problem_from(row, default_id, where):
     OpenMathInstruct (problem, generated_solution, expected_answer) or a samples.jsonl.
 
     GSM8K's answer is a solution, with a calculator's <<1+1=2>> in it, then #### and the answer. A
-    sample is a worked solution if it came to an end and boxes an answer, right or wrong.
+    sample is a solution, taken as it is, if it came to an end and boxes an answer.
     """
     def first(*columns):
         return next((row[column] for column in columns if row.get(column) is not None), None)
@@ -184,11 +184,8 @@ def problem_from(row, default_id, where):
 
 
 def load_task(name_or_file, split):
-    """The problems of a task's "train" or "test" split, as a list of Problem.
-
-    arithmetic is built in; gsm8k, math500 and openmath2 come from the Hugging Face Hub; of a .jsonl
-    file both splits have all problems, but of a samples.jsonl test has every question once.
-    """
+    """The list of Problem of a task's "train" or "test" split. A .jsonl file has the same problems
+    in both, but of a samples.jsonl test has every question once."""
     require(split in ("train", "test"), f"unknown split {split!r}: choose train or test")
     if name_or_file == "arithmetic":
         count = TRAIN_PROBLEMS if split == "train" else TEST_PROBLEMS
@@ -204,7 +201,7 @@ def load_task(name_or_file, split):
 
 
 def hub_problems(task, split):
-    """The problems of a data set of the Hub, or of task[first:end] those of these rows."""
+    """The problems of a data set of the Hub, of task[first:end] those rows."""
     name, *rows = re.fullmatch(r"(\w+)(?:\[(\d+):(\d+)\])?|.*", task, re.S).groups()
     require(name in HUB, f"unknown task {task!r}: choose arithmetic, {', '.join(HUB)}, "
                          f"openmath2[1000:2000] or a .jsonl file")
@@ -215,8 +212,7 @@ def hub_problems(task, split):
 
 
 def choose_subset(problems, limit, seed=None):
-    """The first `limit` problems, or with a seed as many at random, in their old order; the paper
-    measures 128 random ones."""
+    """The first `limit` problems, or with a seed as many at random, in their old order."""
     if seed is None or limit is None:
         return problems[:limit]
     indices = random.Random(seed).sample(range(len(problems)), min(limit, len(problems)))
@@ -240,19 +236,18 @@ def prompt_template(task, path=None):
 def solution_text(problem):
     """What a model learns to write: the solution ("" if there is none) with its answer in a box,
     which takes the place of a last line #### answer."""
-    solution = problem.solution
+    solution, answer = problem.solution, problem.answer
     if not solution or "\\boxed" in solution:
         return solution
     before, mark, after = solution.rpartition("####")
-    if mark and after.strip() == problem.answer:
-        solution = before
-    return f"{solution.rstrip()}\n\\boxed{{{problem.answer}}}"
+    steps = before if mark and after.strip() == answer else solution
+    return f"{steps.rstrip()}\n\\boxed{{{answer}}}"
 
 
 @dataclass
 class Pairs:
-    """(prompt ids, answer ids) of every worked solution: the question in its template and chat,
-    solution_text and the id that ends a turn. Encoded when asked for: training takes longer."""
+    """(prompt ids, answer ids) of every worked solution, encoded when asked for: the question in
+    its template and chat; solution_text and the id that ends a turn."""
     problems: list
     tokenizer: Tokenizer
     template: str
