@@ -1,6 +1,5 @@
-"""What every script shares: errors in one line, options and their checks, JSON, files that are
-replaced whole, the identity of a run, locks, the device. Nothing here is about models; torch is
-imported where it is needed.
+"""What every script shares: one-line errors, options, JSON, files replaced whole, a run's identity,
+locks, the device. Nothing here is about models; torch is imported where it is needed.
 """
 import argparse
 import contextlib
@@ -23,12 +22,10 @@ def first_line(error):
 def run(main, lower="the batch", child=False, resumes=True):
     """Run a script's main: a user's mistake ends in one line and exit code 2.
 
-    lower: the option to name when memory runs out. child: its parent ends it and reports.
-    resumes: after an interruption, the same command goes on.
+    lower: what to lower when memory runs out. child: its parent ends it and reports. resumes:
+    after an interruption, the same command goes on.
     """
-    def stop(signum, frame):
-        raise SystemExit(128 + signum)
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     # else a shell's background jobs ignore Ctrl-C
     signal.signal(signal.SIGINT, signal.SIG_IGN if child else signal.default_int_handler)
     try:
@@ -57,21 +54,21 @@ def complain(message):
 
 # ---- options
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, whose --help shows the script's docstring and all defaults."""
+    """argparse with one-line errors, whose --help shows the script's docstring and defaults."""
 
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=Help)
 
     def error(self, message):
-        raise SystemExit(complain(f"{message} (see --help)"))
+        sys.exit(complain(f"{message} (see --help)"))
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the docstring's lines; leaves out the defaults None, False and []."""
 
     def _get_help_string(self, action):
-        empty = action.default in (None, []) or action.default is False  # 0 is a default
-        return action.help if empty else super()._get_help_string(action)
+        says = action.default or type(action.default) in (int, float)
+        return super()._get_help_string(action) if says else action.help
 
 
 def number(least, most=10 ** 12, kind=int):
@@ -80,8 +77,8 @@ def number(least, most=10 ** 12, kind=int):
         try:
             value = kind(text)
         except ValueError:
-            whole = "whole " if kind is int else ""
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number") from None
+            words = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {words}") from None
         if not least <= value <= most:  # refuses nan too
             raise argparse.ArgumentTypeError(f"{text} is out of range, {least:g} to {most:g}")
         return value
@@ -90,7 +87,7 @@ def number(least, most=10 ** 12, kind=int):
 
 def folder_name(text):
     """An argparse type: a name that is one part of a path."""
-    if text in ("", ".", "..") or any(c in text for c in "/\\\0") or text.endswith(".tmp"):
+    if text in ("", ".", "..") or set(text) & set("/\\\0") or text.endswith(".tmp"):
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a plain name: no '/', not '.' or '..', no '.tmp' at its end")
     return text
@@ -98,7 +95,7 @@ def folder_name(text):
 
 # ---- JSON
 def parse_json(content, where, kind=dict):
-    """The value in some bytes of JSON, of this kind, dict or list; ValueError says where not."""
+    """The value in some bytes of JSON, a dict or a list as asked; ValueError says where not."""
     def refuse(constant):
         raise ValueError(f"{constant} is not JSON")
     try:
@@ -106,46 +103,45 @@ def parse_json(content, where, kind=dict):
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not readable JSON: {first_line(error)}") from None
     if not isinstance(value, kind):
-        expected = "an object" if kind is dict else "a list"
-        raise ValueError(f"{where} holds {json.dumps(value)[:60]}, expected {expected}")
+        raise ValueError(f"{where} holds {json.dumps(value)[:60]}, expected {FIELDS[kind][0]}")
     return value
 
 
 def read_json(path, kind=dict):
-    """The value in a JSON file, of this kind, dict or list; ValueError names the file."""
+    """The value in a JSON file, as parse_json."""
     return parse_json(Path(path).read_bytes(), path, kind)
 
 
-MOST = sys.float_info.max
-FIELDS = {str: ("text", lambda v: type(v) is str),
-          int: ("a whole number, 0 or more", lambda v: type(v) is int and 0 <= v <= MOST),
-          float: ("a finite number", lambda v: type(v) in (int, float) and abs(v) <= MOST)}
+FIELDS = {str: ("text", lambda v: type(v) is str), list: ("a list", lambda v: type(v) is list),
+          dict: ("an object", lambda v: type(v) is dict),
+          bool: ("true or false", lambda v: type(v) is bool),
+          int: ("a whole number, 0 or more", lambda v: type(v) is int and 0 <= v <= 1e308),
+          float: ("a finite number", lambda v: type(v) in (int, float) and abs(v) <= 1e308)}
 
 
 def check_fields(record, fields, where):
-    """ValueError unless a record has these fields, {name: one of FIELDS}."""
+    """ValueError unless a record has these fields, {name: kind}. A kind is a type of FIELDS, a pair
+    like its values, or the only value that is allowed beside null."""
     for name, kind in fields.items():
-        expected, fits = FIELDS[kind]
+        if not isinstance(kind, (type, tuple)):
+            kind = json.dumps(kind), lambda v, only=kind: v in (None, only)
+        expected, fits = FIELDS.get(kind, kind)
         if not fits(record.get(name)):
             found = f"is {json.dumps(record[name])[:40]}" if name in record else "is missing"
             raise ValueError(f"{where}: {name} {found}, expected {expected}")
 
 
 def json_lines(path, torn=False):
-    """Yield ("path, line n", dict) for each line of a .jsonl file that isn't blank, if it exists.
-
-    torn: leave out a last line without an end, which a kill cut off.
-    """
-    if not os.path.exists(path):
-        return
-    lines = Path(path).read_bytes().split(b"\n")
+    """Yield ("path, line n", dict) for each line of a .jsonl file that isn't blank, if it exists;
+    torn: but for a last line without an end, which a kill cut off."""
+    lines = Path(path).read_bytes().split(b"\n") if os.path.exists(path) else []
     for i, line in enumerate(lines[:-1] if torn else lines, 1):
         if line.strip():
             yield f"{path}, line {i}", parse_json(line, f"{path}, line {i}")
 
 
 def read_jsonl(path, fields=(), torn=False):
-    """The dicts of json_lines in a list, each with these fields {name: str, int or float}."""
+    """The dicts of json_lines in a list, each with these fields, as in check_fields."""
     lines = list(json_lines(path, torn))
     for where, record in lines:
         check_fields(record, dict(fields), where)
@@ -166,8 +162,7 @@ def replace_file(path, write):
         write(temporary)
         os.replace(temporary, path)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
+        Path(temporary).unlink(missing_ok=True)
 
 
 def write_bytes(path, content):
@@ -176,28 +171,26 @@ def write_bytes(path, content):
 
 
 def write_json(path, value):
-    """Replace a file by this value as JSON, which has no NaN and infinity: ValueError."""
+    """Replace a file by this value as JSON; ValueError for NaN and infinity, which it lacks."""
     write_bytes(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
 def crc(content):
     """CRC-32 of a text or of bytes, 8 hexadecimal digits."""
-    if isinstance(content, str):
-        content = content.encode("utf-8", "surrogatepass")
+    content = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
     return f"{zlib.crc32(content):08x}"
 
 
 def same_settings(path, settings, begun):
-    """ValueError names each setting in which a run differs from the one recorded in `path`.
-
-    begun: whether that one completed a step or a record; if not, nothing is compared.
-    """
+    """ValueError names each setting in which a run differs from the one recorded in `path`, if that
+    one has begun: completed a step or a record."""
     if not begun:
         return
     old, new = read_json(path), json.loads(json.dumps(settings))  # tuples become lists
     old = old.get("settings", old)
+    check_fields(dict(settings=old), dict(settings=dict), path)
     differ = [f"{name} = {old.get(name)!r} there, {new.get(name)!r} now"
-              for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+              for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
     if differ:
         raise ValueError(f"{path} is of a run with other settings ({'; '.join(differ)}): "
                          f"rerun with those, choose another --out, or delete that folder")
@@ -210,9 +203,9 @@ def locked(folder):
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for name in os.listdir(folder):
-            if re.search(r"\.\d+\.tmp$", name):  # half a file of a killed process
-                os.remove(os.path.join(folder, name))
+        for path in Path(folder).iterdir():
+            if re.search(r"\.\d+\.tmp$", path.name):  # half a file of a killed process
+                path.unlink()
         yield
     except BlockingIOError:
         raise ValueError(f"another process is working in {folder}: wait for it, "
@@ -223,13 +216,12 @@ def locked(folder):
 
 def find_models(out):
     """Folders of the finished checkpoints under `out`: the teacher first, then by name."""
-    names = [name for name in (os.listdir(out) if os.path.isdir(out) else ())
-             if not name.endswith(".tmp") and os.path.isfile(f"{out}/{name}/config.json")]
-    if not names:
+    models = [path.parent for path in Path(out).glob("*/config.json")]
+    models = [model for model in models if model.suffix != ".tmp"]
+    if not models:
         raise ValueError(f"no models under {out}/: run python distill.py first, "
                          f"or name one with --model")
-    return [os.path.join(out, name)
-            for name in sorted(names, key=lambda name: (name != "teacher", name))]
+    return sorted(map(str, models), key=lambda model: (Path(model).name != "teacher", model))
 
 
 # ---- device
@@ -253,7 +245,6 @@ def device_name(device):
     import torch
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
-    names = [os.uname().machine]
-    with contextlib.suppress(OSError):
-        names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) or names
-    return f"cpu ({names[0]}, {torch.get_num_threads()} threads)"
+    info = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+    name = re.search(r"model name\s*: (.+)|$", info)[1] or os.uname().machine
+    return f"cpu ({name}, {torch.get_num_threads()} threads)"

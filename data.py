@@ -1,8 +1,8 @@
 """Tasks and tokenizers: what goes into a model, and what counts as right.
 
-    problems = load_task("arithmetic", "test")        # or "gsm8k", ..., or a .jsonl file
-    tokenizer = load_tokenizer("arithmetic")          # or a checkpoint's folder, or a repository
-    prompt = tokenizer.chat(problems[0].question)     # token ids up to where the answer starts
+    problems = load_task("arithmetic", "test")     # or "gsm8k", ..., or a .jsonl file
+    tokenizer = load_tokenizer("arithmetic")       # or a checkpoint's folder, or a repository
+    prompt = tokenizer.chat(problems[0].question)  # token ids up to where the answer starts
 """
 import base64
 import itertools
@@ -29,7 +29,7 @@ class Problem:
 
 
 # ---- the built-in task
-# One real example; 2.7) means that two rounds and seven additions are left:
+# One example; 2.7) means that two rounds and seven additions are left:
 #
 #   In each of 2 rounds do +7 7 times, then x7, keeping four digits. Start: 4821
 #
@@ -41,9 +41,9 @@ class Problem:
 #   1.0) 4139 x7 = 8973
 #   \boxed{8973}
 #
-# Additions are easy and fill the page. A small model gets a multiplication, done in the head, right
-# only some of the time: many rounds are hard, and so are large numbers. The number is coprime to
-# 10, so that a round maps no two numbers to one: the answer is right only if the whole chain is.
+# Additions are easy and fill the page; a multiplication, done in the head, a small model gets right
+# only some of the time: many rounds are hard, and so are large numbers. They are coprime to 10, so
+# that a round maps no two values to one: the answer is right only if the whole chain is.
 ROUNDS, NUMBERS = (1, 6), (3, 7, 11, 13, 17)
 TRAIN_PROBLEMS, TEST_PROBLEMS = 50_000, 1_000
 
@@ -53,14 +53,14 @@ def arithmetic_problem(rng):
     value, rounds, by = rng.randrange(10_000), rng.randint(*ROUNDS), rng.choice(NUMBERS)
     question = (f"In each of {rounds} rounds do +{by} {by} times, then x{by}, keeping four digits. "
                 f"Start: {value:04d}")
-    lines = []
+    solution = ""
     for rounds_left in range(rounds, 0, -1):
         for additions_left in range(by, -1, -1):
             result = (value + by if additions_left else value * by) % 10_000
-            step = f"{value:04d} {'+' if additions_left else 'x'}{by} = {result:04d}"
-            lines.append(f"{rounds_left}.{additions_left}) {step}\n")
+            sign = "+" if additions_left else "x"
+            solution += f"{rounds_left}.{additions_left}) {value:04d} {sign}{by} = {result:04d}\n"
             value = result
-    return question, "".join(lines) + f"\\boxed{{{value:04d}}}", f"{value:04d}"
+    return question, f"{solution}\\boxed{{{value:04d}}}", f"{value:04d}"
 
 
 def arithmetic_problems(split):
@@ -81,9 +81,9 @@ class Tokenizer:
     """A tiktoken.Encoding, and what a chat puts around a question and ends an answer with.
 
     `definition` is saved with a checkpoint: pattern (regex that cuts a text into pieces), ranks
-    (each id's bytes in base64, null where it is special), special (name -> id), chat (before and
-    after the question: lists of special names and plain texts), trim (strip the question?), eos
-    (names; the first ends a turn).
+    (each id's bytes in base64, null if special), special (name -> id), chat (before and after the
+    question: lists of special names and texts), trim (strip the question?), eos (names; the first
+    ends a turn).
     """
 
     def __init__(self, definition):
@@ -97,8 +97,8 @@ class Tokenizer:
 
     def encode(self, text):
         """Ids of a text: adds nothing, and reads what looks like a special token as plain text."""
-        parts = encodable(text, self.missing)
-        return [i for part in parts for i in self.encoding.encode_ordinary(part)]
+        return [i for part in encodable(text, self.missing)
+                for i in self.encoding.encode_ordinary(part)]
 
     def decode(self, ids):
         """The text of ids, special tokens by their names. ValueError names an id that is none."""
@@ -106,7 +106,7 @@ class Tokenizer:
             return self.encoding.decode(ids)
 
     def chat(self, question, first=True):
-        """The prompt for a question, up to where the answer starts; what it spells is plain text.
+        """The ids of the prompt for a question, which is plain text, up to where the answer starts.
         first=False: a later turn, without begin-of-text and system message."""
         before, after = self.definition["chat"]
         once = {"<|begin_of_text|>", *self.definition["eos"][:1]}  # this one ends the message
@@ -128,8 +128,8 @@ class Tokenizer:
 def arithmetic_definition():
     """The built-in task's tokenizer: bytes, all two-digit numbers, and the words of the task.
 
-    With two digits a token (Llama 3 has up to three) and 2.7) or +7 or x13 as one, the operands of
-    a step are at most three tokens away, within the reach of a convolution of width 4.
+    With two digits a token and 2.7) or +7 or x13 as one, the operands of a step are at most three
+    tokens away, within the reach of a convolution of width 4.
     """
     rng = random.Random(0)
     text = "\n".join(part for _ in range(1000) for part in arithmetic_problem(rng)[:2])
@@ -148,11 +148,12 @@ LONGEST_RUN = 500_000  # of white space: the regex engine of tiktoken fails beyo
 
 
 def encodable(text, missing):
-    """A text in parts that tiktoken can take, without bytes that have no token: SmolLM2 lacks
-    some, of control characters."""
+    """A text in parts that tiktoken can take, without the bytes that have no token (SmolLM2 lacks
+    some, of control characters)."""
     if missing:
         text = text.encode("utf-8", "replace").translate(None, missing).decode("utf-8", "ignore")
-    cuts = [match.end() for match in re.finditer(rf"\s{{{LONGEST_RUN}}}", text)]
+    runs = re.finditer(rf"\s{{999,{LONGEST_RUN}}}", text)
+    cuts = [run.end() for run in runs if len(run[0]) == LONGEST_RUN]
     return (text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)]))
 
 
@@ -161,20 +162,20 @@ def problem_from(row, default_id, where):
     OpenMathInstruct (problem, generated_solution, expected_answer) or a samples.jsonl.
 
     GSM8K's answer is a solution, with a calculator's <<1+1=2>> in it, then #### and the answer. A
-    sample is a worked solution if it came to an end and boxes an answer. It is taken as it is: no
-    wrong chain is taught to end in the right answer.
+    sample is a solution, taken as it is, if it came to an end and boxes an answer.
     """
     def first(*columns):
         return next((row[column] for column in columns if row.get(column) is not None), None)
 
     question, answer = first("question", "problem"), first("answer", "expected_answer", "gold")
-    answer = str(answer) if type(answer) in (int, float) else answer
     solution = first("solution", "generated_solution") or ""
     if "completion" in row:
         told = row.get("finish") == "stop" and "\\boxed{" in str(row["completion"])
         solution = row["completion"] if told else ""
-    if isinstance(answer, str) and "####" in answer:
-        solution = re.sub(r"<<[^<>]*>>", "", answer)
+    if type(answer) in (int, float):
+        answer = str(answer)
+    elif "####" in str(answer):
+        solution = re.sub(r"<<[^<>]*>>", "", str(answer))
         answer = solution.rsplit("####", 1)[1]
     texts = dict(question=question, answer=answer, solution=solution)
     check_fields(texts, dict.fromkeys(texts, str), where)
@@ -183,12 +184,8 @@ def problem_from(row, default_id, where):
 
 
 def load_task(name_or_file, split):
-    """The problems of a task's "train" or "test" split, as a list of Problem.
-
-    arithmetic is built in; gsm8k, math500 and openmath2 come from the Hugging Face Hub; of a .jsonl
-    file both splits have all problems, but of a samples.jsonl test has every question once.
-    ValueError says what is wrong.
-    """
+    """The list of Problem of a task's "train" or "test" split. A .jsonl file has the same problems
+    in both, but of a samples.jsonl test has every question once."""
     require(split in ("train", "test"), f"unknown split {split!r}: choose train or test")
     if name_or_file == "arithmetic":
         count = TRAIN_PROBLEMS if split == "train" else TEST_PROBLEMS
@@ -196,41 +193,38 @@ def load_task(name_or_file, split):
     if not name_or_file.endswith(".jsonl"):
         return hub_problems(name_or_file, split)
     rows = list(json_lines(name_or_file))
-    problems = [problem_from(row, str(i), where) for i, (where, row) in enumerate(rows)]
+    require(rows, f"{name_or_file} is missing or empty: expected a JSON object per line")
+    problems = [problem_from(row, i, where) for i, (where, row) in enumerate(rows)]
     if split == "test" and all("completion" in row for _, row in rows):
         problems = list({problem.question: problem for problem in problems}.values())
-    require(problems, f"{name_or_file} is missing or empty: expected a JSON object per line")
     return problems
 
 
 def hub_problems(task, split):
-    """The problems of a data set of the Hub, of task[first:end] those of these rows; openmath2 has
-    14 million."""
-    part = re.fullmatch(r"(\w+)\[(\d+):(\d+)\]", task)
-    name = part[1] if part else task
+    """The problems of a data set of the Hub, of task[first:end] those rows."""
+    name, *rows = re.fullmatch(r"(\w+)(?:\[(\d+):(\d+)\])?|.*", task, re.S).groups()
     require(name in HUB, f"unknown task {task!r}: choose arithmetic, {', '.join(HUB)}, "
                          f"openmath2[1000:2000] or a .jsonl file")
-    rows = (0, 50_000) if name == "openmath2" else None
-    rows = (int(part[2]), int(part[3])) if part else rows
-    found = enumerate(hub.dataset_rows(name, split, rows), rows[0] if rows else 0)
-    return [problem_from(row, f"{split}/{i}", f"{name}, row {i}") for i, row in found]
+    most = 50_000 if name == "openmath2" else None  # of 14 million
+    first, end = map(int, rows) if rows[0] else (0, most)
+    return [problem_from(row, f"{split}/{i}", f"{name}, row {i}")
+            for i, row in enumerate(hub.dataset_rows(name, split, first, end), first)]
 
 
 def choose_subset(problems, limit, seed=None):
-    """The first `limit` problems, or with a seed as many at random, in their old order; the paper
-    measures 128 random ones."""
-    indices = range(len(problems))
-    if seed is not None and limit is not None:
-        indices = sorted(random.Random(seed).sample(indices, min(limit, len(indices))))
-    return [problems[i] for i in indices[:limit]]
+    """The first `limit` problems, or with a seed as many at random, in their old order."""
+    if seed is None or limit is None:
+        return problems[:limit]
+    indices = random.Random(seed).sample(range(len(problems)), min(limit, len(problems)))
+    return [problems[i] for i in sorted(indices)]
 
 
 INSTRUCTION = "{question}\n\nReason step by step, and put your final answer within \\boxed{}."
 
 
 def prompt_template(task, path=None):
-    """The text around a question, for str.replace("{question}", ...): a file's, else INSTRUCTION,
-    or for the built-in task the bare question."""
+    """What is asked, with {question} in it: a file's text, else INSTRUCTION, or for the built-in
+    task the bare question."""
     if path is None:
         return "{question}" if task == "arithmetic" else INSTRUCTION
     with naming(path):
@@ -242,21 +236,21 @@ def prompt_template(task, path=None):
 def solution_text(problem):
     """What a model learns to write: the solution ("" if there is none) with its answer in a box,
     which takes the place of a last line #### answer."""
-    solution = problem.solution
+    solution, answer = problem.solution, problem.answer
     if not solution or "\\boxed" in solution:
         return solution
     before, mark, after = solution.rpartition("####")
-    if mark and after.strip() == problem.answer:
-        solution = before
-    return f"{solution.rstrip()}\n\\boxed{{{problem.answer}}}"
+    steps = before if mark and after.strip() == answer else solution
+    return f"{steps.rstrip()}\n\\boxed{{{answer}}}"
 
 
+@dataclass
 class Pairs:
-    """(prompt ids, answer ids) of every worked solution: the question in its template and chat,
-    solution_text and the id that ends a turn. Encoded when asked for: training takes longer."""
-
-    def __init__(self, problems, tokenizer, template):
-        self.problems, self.tokenizer, self.template = problems, tokenizer, template
+    """(prompt ids, answer ids) of every worked solution, encoded when asked for: the question in
+    its template and chat; solution_text and the id that ends a turn."""
+    problems: list
+    tokenizer: Tokenizer
+    template: str
 
     def __len__(self):
         return len(self.problems)
@@ -268,7 +262,7 @@ class Pairs:
 
 
 def load_tokenizer(dir_or_name):
-    """The built-in task's Tokenizer ("arithmetic"), a folder's or a repository's; ValueError or
+    """The Tokenizer of the built-in task ("arithmetic"), a folder or a repository; ValueError or
     FileNotFoundError says why there is none."""
     if dir_or_name == "arithmetic":
         return Tokenizer(arithmetic_definition())

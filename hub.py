@@ -7,15 +7,19 @@
     definition = read_tokenizer(folder)           # for data.Tokenizer
     rows = dataset_rows("gsm8k", "test")
 
-What would compute something else here than at its authors' is refused by name.
+What would compute something else than at its authors' is refused by name.
 """
 import base64
-import contextlib
 import itertools
 import json
 import re
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from common import check_fields, first_line, read_json, replace_file, write_json
 
@@ -26,9 +30,9 @@ def require(condition, complaint):
         raise ValueError(complaint)
 
 
-@contextlib.contextmanager
+@contextmanager
 def naming(what):
-    """A context in which any exception becomes a ValueError of one line: `what` cannot be used."""
+    """Any exception inside becomes a ValueError of one line: `what` cannot be used, and why."""
     try:
         yield
     except Exception as error:
@@ -36,13 +40,18 @@ def naming(what):
         raise ValueError(f"{what} cannot be used: {kind}{first_line(error)}") from None
 
 
+def optional_json(folder, name):
+    """The dict in a JSON file, {} if there is none."""
+    path = Path(folder, name)
+    return read_json(path) if path.is_file() else {}
+
+
 # ---- folders
 def download(path_or_repo, *patterns):
-    """A folder's name as it is; of a repository "org/name", the folder with the files that match.
-    Where org is a folder, as in "out/pure", it is no repository."""
+    """A folder as it is; of a repository "org/name", the folder with the files that match. Where
+    org is a folder, as in "out/pure", it is no repository."""
     name = str(path_or_repo)
-    here = Path(name).exists() or Path(name.split("/")[0]).is_dir()
-    if here or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+    if Path(name).parent.is_dir() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         return name
     with naming(f"no folder {name}, and the repository (if gated: `hf auth login`)"):
         import huggingface_hub
@@ -50,23 +59,32 @@ def download(path_or_repo, *patterns):
 
 
 def tokenizer_folder(path_or_repo):
-    """The folder of a model's tokenizer and chat template, downloaded if need be."""
+    """The folder of a tokenizer and its chat template, downloaded if need be."""
     return download(path_or_repo, "tokenizer*", "original/tokenizer.model", "chat_template.jinja",
                     "config.json", "generation_config.json")
 
 
 def checkpoint_folder(path_or_repo):
     """The folder of a checkpoint, downloaded if need be; .bin only if there is nothing else."""
-    folder = download(path_or_repo, "*.json", "model*.safetensors")
-    if weight_files(folder):
-        return folder
-    return download(path_or_repo, "*.json", "pytorch_model*.bin")
+    folder = download(path_or_repo, "*.json", "model.safetensors")
+    shards = [path.name for path in weight_files(folder)]
+    return download(path_or_repo, "*.json", *shards or ["pytorch_model.bin"])
+
+
+SHARDS = "names of files beside it", lambda v: type(v) is dict and v and all(
+    re.fullmatch(r"[\w.-]+\.(safetensors|bin)", str(name)) for name in v.values())
 
 
 def weight_files(folder):
-    """Paths of a folder's weights, whole or shards: .safetensors, or .bin where there are none."""
-    names = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin")
-    return next(filter(None, (sorted(Path(folder).glob(name)) for name in names)), [])
+    """Paths of a folder's weights: model.safetensors, or the shards in its index; else .bin."""
+    for path in Path(folder, "model.safetensors"), Path(folder, "pytorch_model.bin"):
+        index = Path(f"{path}.index.json")
+        if path.is_file():
+            return [path]
+        if index.is_file():
+            check_fields(content := read_json(index), dict(weight_map=SHARDS), index)
+            return [path.with_name(name) for name in sorted({*content["weight_map"].values()})]
+    return []
 
 
 def fingerprint(path_or_repo):
@@ -81,45 +99,39 @@ def fingerprint(path_or_repo):
 
 
 # ---- config.json
-HF_SIZES = dict(  # field of model.Config -> key of a Llama's config.json; from mixers on, ours
+HF_KEYS = dict(  # field of model.Config -> key of a Llama's config.json, which has the first five
     vocab_size="vocab_size", d_model="hidden_size", n_layers="num_hidden_layers",
-    n_heads="num_attention_heads", d_ff="intermediate_size")
-HF_KEYS = HF_SIZES | dict(
-    n_kv_heads="num_key_value_heads", norm_eps="rms_norm_eps", tie_embeddings="tie_word_embeddings",
-    max_length="max_position_embeddings", eos_ids="eos_token_id") | {
-    key: key for key in "head_dim rope_theta rope_scaling mixers d_state d_conv dt_rank".split()}
-HF_DEFAULTS = dict(tie_word_embeddings=False, rms_norm_eps=1e-6, rope_theta=10000.0)
-# Keys of which only one value (or null, or none) is implemented here; the first four are written.
+    n_heads="num_attention_heads", d_ff="intermediate_size", n_kv_heads="num_key_value_heads",
+    norm_eps="rms_norm_eps", tie_embeddings="tie_word_embeddings", eos_ids="eos_token_id",
+    max_length="max_position_embeddings") | {key: key for key in (  # the last four are ours
+        "head_dim rope_theta rope_scaling mixers d_state d_conv dt_rank".split())}
 WRITTEN = dict(model_type="llama", hidden_act="silu", attention_bias=False, mlp_bias=False)
-ONLY = WRITTEN | dict(rope_interleaved=False, partial_rotary_factor=1.0, sliding_window=None)
-
-
-def refuse_other(values, only):
-    """ValueError naming a key that has another value than `only` has."""
-    for key, value in only.items():
-        require(values.get(key) in (None, value),
-                f"{key} = {values.get(key)!r}, only {json.dumps(value)} is supported")
+SIZE = "a whole number, 1 to 10^7", lambda v: type(v) is int and 1 <= v <= 10 ** 7
+RATE = "a number above 0, to 10^12", lambda v: type(v) in (int, float) and 0 < v <= 1e12
+IDS = "ids", lambda v: all(type(i) is int and 0 <= i <= 10 ** 7 for i in v)
+KINDS = dict.fromkeys(HF_KEYS.values(), SIZE) | WRITTEN | dict(
+    rms_norm_eps=RATE, rope_theta=RATE, rope_scaling=dict, tie_word_embeddings=bool, mixers=list,
+    eos_token_id=IDS, rope_interleaved=False, partial_rotary_factor=1.0)
 
 
 def eos_list(values):
-    """The eos_token_id of a config as a list; it is an id, several, null or missing."""
+    """The eos_token_id of a config, an id, several, null or missing, as a list."""
     ids = values.get("eos_token_id")
-    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    require(all(type(i) is int for i in ids), f"eos_token_id = {ids}, expected ids")
-    return ids
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def llama_fields(values):
     """Fields of Config in a Llama's config.json, of the old layout or the new (rope_parameters)."""
-    rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
-    refuse_other(values | rope, ONLY)
-    values = HF_DEFAULTS | {key: value for key, value in values.items() if value is not None}
-    values["rope_theta"] = rope.pop("rope_theta", values["rope_theta"])
-    check_fields(values, dict.fromkeys(HF_SIZES.values(), int) | dict(
-        model_type=str, rms_norm_eps=float, rope_theta=float), "config.json")
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    values["rope_scaling"] = None if kind == "default" else rope | dict(rope_type=kind)
+    values = {key: value for key, value in values.items() if value is not None}
+    rope = values.get("rope_parameters", values.get("rope_scaling", {}))
+    check_fields(dict(rope_scaling=rope), dict(rope_scaling=dict), "config.json")
+    values = dict(tie_word_embeddings=False, rms_norm_eps=1e-6) | values | rope  # not our defaults
     values["eos_token_id"] = eos_list(values)
+    needed = {*values, *list(HF_KEYS.values())[:5]}
+    check_fields(values, {key: KINDS[key] for key in KINDS if key in needed}, "config.json")
+    kind = values.get("rope_type", values.get("type", "default"))
+    values["rope_scaling"] = None if kind == "default" else dict(rope_type=kind) | {
+        key: value for key, value in rope.items() if key != "rope_theta" and RATE[1](value)}
     if values.get("discrete_mamba2") is False:  # a key that we wrote once
         values["mixers"] = [{"mamba2": "mamba2_step"}.get(x, x) for x in values["mixers"]]
     return {field: values[key] for field, key in HF_KEYS.items() if key in values}
@@ -127,77 +139,78 @@ def llama_fields(values):
 
 def llamba_as_llama(values):
     """A Llamba's config.json (modeling_llamba.py of cartesia-ai/edge) with a Llama's keys."""
-    ssm, mlp, layers = values["ssm_cfg"], values["mlp_cfg"], values["n_layer"]
-    heads = ssm["n_v_heads"]
-    refuse_other(mlp | ssm, dict(act_fn="silu", activation="identity", n_qk_heads=heads))
-    return mlp | ssm | values | dict(
-        model_type="llama", hidden_size=values["d_model"], num_hidden_layers=layers,
+    parts, heads = values["mlp_cfg"] | values["ssm_cfg"], values["ssm_cfg"]["n_v_heads"]
+    check_fields(parts, dict(act_fn="silu", activation="identity", n_qk_heads=heads), "config.json")
+    return parts | values | dict(
+        model_type="llama", hidden_size=values["d_model"], num_hidden_layers=values["n_layer"],
         num_attention_heads=heads, rms_norm_eps=values["norm_epsilon"],
-        tie_word_embeddings=values["tie_embeddings"], mixers=["mamba2"] * layers)
+        tie_word_embeddings=values["tie_embeddings"])
 
 
 def mamba_fields(llama, mamba):
     """Fields of Config of a MambaInLlama or M1 student: its Llama's, and the mixers by its
     mamba_config.json (mamba/hybrid_mamba_config.py), where only Mamba-2 has `ngroups`."""
-    layers, width, heads = (llama[field] for field in ("n_layers", "d_model", "n_heads"))
-    fields = dict(n_kv_heads=heads, head_dim=width // heads) | llama
+    heads, layers = llama["n_heads"], range(llama["n_layers"])
+    fields = dict(n_kv_heads=heads, head_dim=llama["d_model"] // heads) | llama
     attention, ssm = mamba["attn_layers"], mamba["ssm_cfg"]
     known = "expand d_state d_conv dt_rank ngroups repeat_kv_before_conv chunk_size"
-    require(ssm.keys() <= set(known.split()), f"ssm_cfg has {', '.join(ssm)}, supported: {known}")
-    require(set(attention) <= set(range(layers)), f"attn_layers = {attention} of {layers} layers")
+    require(ssm.keys() <= {*known.split()}, f"ssm_cfg has {', '.join(ssm)}, supported: {known}")
+    require({*attention} <= {*layers}, f"attn_layers = {attention} of {len(layers)} layers")
     mixer = "mamba2_step" if "ngroups" in ssm else "mamba"
     if mixer == "mamba2_step":
-        refuse_other(ssm, dict(ngroups=heads, d_state=fields["head_dim"]))
-    mixers = ["attention" if layer in attention else mixer for layer in range(layers)]
-    return fields | dict(mixers=mixers)
+        check_fields(ssm, dict(ngroups=heads, d_state=fields["head_dim"]), "ssm_cfg")
+    return fields | dict(mixers=["attention" if i in attention else mixer for i in layers])
 
 
 def read_layout(folder):
-    """(fields of Config, translation of a tensor) of the checkpoint in a folder."""
-    path, released = Path(folder, "config.json"), Path(folder, "mamba_config.json")
+    """(fields of Config, {stored name: its file}, translation of a tensor) of a checkpoint."""
+    path = Path(folder, "config.json")
     if not path.is_file():
         raise FileNotFoundError(
             f"no checkpoint in {folder}: expected config.json and model.safetensors")
     with naming(f"the checkpoint in {folder}"):
-        values = read_json(path)
-        if values.get("model_type") == "llamba":
-            return llama_fields(llamba_as_llama(values)), llamba_tensors
-        fields = llama_fields(values)
-        if "mixers" in fields or not released.is_file():  # ours, maybe saved over a release
-            return fields, lambda name, tensor, *_: {name: tensor}
-        if any(".mha." in name for name in stored_names(folder)):
+        values, released = read_json(path), optional_json(folder, "mamba_config.json")
+        is_llamba = values.get("model_type") == "llamba"
+        fields = llama_fields(llamba_as_llama(values) if is_llamba else values)
+        stored, layers = stored_names(folder), fields["n_layers"]
+        require(layers <= len(stored),
+                f"config.json: num_hidden_layers is {layers}, but there are {len(stored)} tensors")
+        if is_llamba:
+            return fields | dict(mixers=["mamba2"] * layers), stored, llamba_tensors
+        if "mixers" in fields or not released:  # ours, maybe saved over a release
+            return fields, stored, lambda name, tensor, *_: {name: tensor}
+        if any(".mha." in name for name in stored):
             fields["rope_scaling"] = None  # M1 was trained without that of its base
-        return mamba_fields(fields, read_json(released)), mamba_in_llama_tensors
+        return mamba_fields(fields, released), stored, mamba_in_llama_tensors
 
 
 def read_config(folder):
-    """Fields of model.Config in a folder's config.json; what it does not say is left out.
+    """Fields of model.Config in a folder's config.json, without those that it leaves open.
     FileNotFoundError if there is none, ValueError naming what is not supported."""
     return read_layout(folder)[0]
 
 
 # ---- weights
-EMBEDDING = "model.embed_tokens.weight"
-
-
 def map_file(path, names=None):
     """{name: tensor} of a weight file (of these names; of a .bin all), mapped: what is used is in
     memory until the tensor is dropped."""
-    import torch
-    from safetensors import safe_open
     with naming(path):
         if path.suffix == ".bin":  # weights_only: a pickle may hold any code
             tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             return {name: tensor.detach() for name, tensor in tensors.items()}
+        if names is None:
+            with path.open("rb") as file:  # the length of its header, and the header
+                header = file.read(int.from_bytes(file.read(8), "little"))
+            names = [name for name, _ in json.loads(header, object_pairs_hook=list)]
+            require(len(names) == len({*names}), "a name comes twice in its header")
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in names or file.keys()}
+            return {name: file.get_tensor(name) for name in names if name != "__metadata__"}
 
 
 def stored_names(folder):
     """{name: path of its file} of the tensors in a folder."""
     paths = weight_files(folder) or [Path(folder, "model.safetensors")]
-    return {name: path for path in paths for name in map_file(path)
-            if not name.endswith("rotary_emb.inv_freq")}  # files of 2023; config.json says it
+    return {name: path for path in paths for name in map_file(path)}
 
 
 def llamba_tensors(name, tensor, fields, shapes):
@@ -227,65 +240,62 @@ def mamba_in_llama_tensors(name, tensor, fields, shapes):
         return dict(zip(names, tensor.split([shapes[ours][0] for ours in names])))
     if key == "mamba.dt_proj.bias":  # their dt_proj adds it, and their scan adds it again
         tensor = 2 * tensor
-    if key.startswith("mamba.conv1d.") and len(tensor) == kv:  # repeat_kv_before_conv = false
+    if key.startswith("mamba.conv1d.") and len(tensor) == kv:  # it runs before kv repeat
         tensor = repeat_groups(tensor, 16, inner // kv)
     return {name: tensor}
 
 
 def mamba2_rows(key, tensor, inner, kv, fields):
-    """Rows z | x | B | C | dt become x | B | C | z | a, the kv heads of x and B repeated; likewise
-    those of a conv1d that runs before that (repeat_kv_before_conv = false)."""
-    import torch
+    """Rows z | x | B | C | dt of in_proj become x | B | C | z | a, the kv heads of x and B repeated
+    for the query heads; likewise x | B | C of a conv1d that runs before they are repeated."""
     z = a = tensor[:0]
     if key == "mamba.in_proj.weight":
-        z, tensor, a = tensor.split([inner, 2 * kv + inner, fields["n_heads"]])
-    elif ".conv1d." not in key or len(tensor) == 3 * inner:
+        z, x, B, C, a = tensor.split([inner, kv, kv, inner, fields["n_heads"]])
+    elif ".conv1d." in key and len(tensor) < 3 * inner:
+        x, B, C = tensor.split([kv, kv, inner])
+    else:
         return tensor
-    x, B, C = tensor.split([kv, kv, inner])
     x, B = (repeat_groups(part, fields["head_dim"], inner // kv) for part in (x, B))
     return torch.cat([x, B, C, z, a])
 
 
 def repeat_groups(tensor, size, times):
-    """[k1, k2] -> [k1, k1, k2, k2], each of `size` rows: kv heads as the query heads use them."""
+    """[k1, k2] -> [k1, k1, k2, k2], each of `size` rows."""
     return tensor.unflatten(0, (-1, size)).repeat_interleave(times, dim=0).flatten(0, 1)
 
 
 def read_tensors(folder, shapes, cast):
     """{our name: cast(our name, tensor)} of a folder's weights, translated from whatever layout.
 
-    shapes: {our name: shape} of what the model needs: a tensor that is missing, extra, misshapen or
-    of integers is a ValueError naming it. `cast` copies: one tensor at a time is read.
+    shapes: {our name: shape} of what the model needs: a tensor that is missing, extra, misshapen,
+    of integers or not finite is a ValueError naming it. `cast` copies: one is read at a time.
     """
-    import torch
-    (fields, translate), tensors = read_layout(folder), {}
+    (fields, stored, translate), tensors = read_layout(folder), {}
+    if "lm_head.weight" not in shapes:  # tied: the embedding, but may be stored all the same
+        stored.pop("lm_head.weight", None)
     with naming(f"the checkpoint in {folder}"):
-        for name, path in stored_names(folder).items():
+        for name, path in stored.items():
             tensor = map_file(path, [name])[name]
-            tied = name == "lm_head.weight" and name not in shapes  # and may be stored all the same
             with naming(f"tensor {name}, {tensor.dtype} of shape {tuple(tensor.shape)},"):
                 require(tensor.is_floating_point(), "expected floating point")
-                parts = translate(EMBEDDING if tied else name, tensor, fields, shapes)
-                for ours, part in parts.items():
+                for ours, part in translate(name, tensor, fields, shapes).items():
                     require(part.shape == shapes.get(ours),
                             f"expected {shapes.get(ours, 'no such tensor')}")
-                    part = cast(ours, part)
-                    require(ours not in tensors or torch.equal(part, tensors[ours]),
-                            "lm_head.weight and the embedding of a tied model differ")
-                    tensors[ours] = part
+                    tensors[ours] = cast(ours, part)
+                    extremes = torch.stack(tensors[ours].aminmax())
+                    require(extremes.isfinite().all(), "holds nan or infinity")
         missing = ", ".join(sorted(shapes.keys() - tensors.keys()))
         require(not missing, f"missing tensors: {missing[:300]}")
     return tensors
 
 
 def write_checkpoint(folder, fields, tensors):
-    """Writes config.json, from the fields of Config, and model.safetensors, each under a temporary
-    name first. All attention, it loads in transformers' LlamaForCausalLM."""
-    from safetensors.torch import save_file
-    dtype = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
+    """Writes model.safetensors and, from the fields of Config, config.json. All attention, it loads
+    in transformers' LlamaForCausalLM."""
+    dtype = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
     config = dict(architectures=["LlamaForCausalLM"]) | WRITTEN | dict(torch_dtype=dtype)
     config |= {HF_KEYS[field]: value for field, value in fields.items()}
-    config["eos_token_id"] = config.get("eos_token_id") or None
+    config["eos_token_id"] = config["eos_token_id"] or None
     if config.get("rope_scaling"):
         config["rope_scaling"] = dict(rope_type="llama3") | config["rope_scaling"]
     replace_file(Path(folder, "model.safetensors"),
@@ -306,57 +316,54 @@ PRE_TOKENIZERS = (  # steps in a tokenizer.json, and the one regex that splits a
     ([dict(type="Digits", individual_digits=True), BYTES], SMOLLM2_PATTERN),
     ([dict(type="Split", pattern=dict(Regex=LLAMA3_PATTERN), behavior="Isolated", invert=False),
       BYTES | dict(use_regex=False)], LLAMA3_PATTERN))
-LLAMA3_RANKS = 128_000  # and 256 special tokens, the last 244 without a use
-LLAMA3_SPECIAL = [f"<|{name}|>" for name in (
-    "begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 "
-    "finetune_right_pad_id step_id start_header_id end_header_id eom_id eot_id python_tag "
-    "image").split() + [f"reserved_special_token_{i}" for i in range(2, 246)]]
+LLAMA3_RANKS = 128_000  # and 256 special tokens, those that we use with Meta's names
+LLAMA3_SPECIAL = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id",
+                  8: "eom_id", 9: "eot_id"}
 
 
 def read_tiktoken(path):
-    """{pattern, ranks, special} of Llama 3's tokenizer.model; special tokens as Meta names them."""
-    lines = [line.split() for line in path.read_text("ascii").splitlines()]
+    """{pattern, ranks, special} of Llama 3's tokenizer.model."""
+    lines = [line.split() for line in path.read_text("latin-1").splitlines()]
     require([line[1:] for line in lines] == [[str(rank)] for rank in range(LLAMA3_RANKS)],
             f"{path.name} is not Llama 3's {LLAMA3_RANKS:,} lines of token and rank")
-    return dict(pattern=LLAMA3_PATTERN, ranks=[token for token, _ in lines],
-                special={name: LLAMA3_RANKS + i for i, name in enumerate(LLAMA3_SPECIAL)})
+    special = {f"<|{LLAMA3_SPECIAL.get(i, i)}|>": LLAMA3_RANKS + i for i in range(256)}
+    return dict(pattern=LLAMA3_PATTERN, ranks=[token for token, _ in lines], special=special)
 
 
-def gpt2_alphabet():
-    """{character: byte}: a tokenizer.json has a printable character for every byte."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return dict(zip(map(chr, [*printable, *range(256, 256 + len(others))]), printable + others))
+PLAIN = [byte for byte in range(33, 256) if chr(byte).isprintable()]
+BYTE_OF = dict(zip(map(chr, PLAIN), PLAIN)) | {  # a tokenizer.json's character for each byte
+    chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - {*PLAIN}))}
 
 
 def read_byte_bpe(path):
     """{pattern, ranks, special} of a tokenizer.json, if it is byte-level BPE as tiktoken does it.
 
-    tiktoken has no list of merges: it joins the neighbours that make the token of the lowest id. So
-    merges must come in the order of the ids they make, and make every token (with ignore_merges a
-    piece that is a token is taken whole, as by tiktoken).
+    tiktoken joins the neighbours that make the token of the lowest id: merges must come in the
+    order of the ids they make, and make all tokens. (With ignore_merges both take a piece that is a
+    token whole.)
     """
-    file, byte_of = read_json(path), gpt2_alphabet()
+    file = read_json(path)
     model, added, splits = file["model"], file["added_tokens"], file["pre_tokenizer"]
-    refuse_other(file | model, dict(normalizer=None, type="BPE", dropout=0, byte_fallback=False,
-                                    end_of_word_suffix=""))
+    check_fields(file | model, dict(
+        added_tokens=list, pre_tokenizer=dict, vocab=dict, merges=list, normalizer=None, type="BPE",
+        dropout=0, byte_fallback=False, end_of_word_suffix=""), path.name)
     steps = splits.get("pretokenizers", [splits])
-    patterns = [pattern for known, pattern in PRE_TOKENIZERS if known == steps]
-    require(patterns, f"its pre-tokenizer, {steps}, is neither GPT-2's nor SmolLM2's nor Llama 3's")
+    pattern = next((pattern for known, pattern in PRE_TOKENIZERS if known == steps), None)
+    require(pattern, f"its pre-tokenizer, {steps}, is neither GPT-2's nor SmolLM2's nor Llama 3's")
     require(all(token["special"] for token in added), "it has added tokens that are not special")
     special = {token["content"]: token["id"] for token in added}
     vocab = {token: rank for token, rank in model["vocab"].items() if token not in special}
     ids = {*vocab.values(), *special.values()}
     require(len(ids) == len(vocab | special) and 0 <= min(ids) <= max(ids) < 2 * len(ids),
             f"its {len(ids):,} ids, {min(ids)} to {max(ids)}, are not one for each token")
-    made = [vocab.get("".join(merge).replace(" ", "")) for merge in model["merges"]]
+    made = [vocab.get("".join(merge).replace(" ", ""), -1) for merge in model["merges"]]
     longer = {rank for token, rank in vocab.items() if len(token) > 1}
-    complete = model.get("ignore_merges") or longer == set(made)
-    require(longer and complete and None not in made and made == sorted(made),
+    complete = longer == {*made} or model.get("ignore_merges")
+    require(longer and complete and -1 not in made and made == sorted(made),
             "its merges do not make its tokens in the order of the ids")
-    ranks = {rank: base64.b64encode(bytes(byte_of[c] for c in token)).decode()
+    ranks = {rank: base64.b64encode(bytes(BYTE_OF[c] for c in token)).decode()
              for token, rank in vocab.items()}
-    return dict(pattern=patterns[0], special=special,
+    return dict(pattern=pattern, special=special,
                 ranks=[ranks.get(rank) for rank in range(max(ranks) + 1)])
 
 
@@ -370,53 +377,43 @@ CHATS = (  # words of a chat template, and what it puts before and after a quest
     ("<|start_header_id|>", START + USER, ANSWER),
     (SMOLLM2_SYSTEM, f"<|im_start|>system\n{SMOLLM2_SYSTEM}<|im_end|>\n<|im_start|>user\n",
      "<|im_end|>\n<|im_start|>assistant\n"),
-    ("no template", START, "\n"), ("no template", "", "\n"))  # a base model's
+    ("no template", "", "\n"))  # a base model's
+NO_TEMPLATE = "Cutting Knowledge Date, or no template"  # with Llama 3's vocabulary it is Instruct's
 
 
-def optional_json(folder, name):
-    """The dict in a JSON file, {} if there is none."""
-    path = Path(folder, name)
-    return read_json(path) if path.is_file() else {}
-
-
-def chat_of(folder, special, default):
-    """What comes before and after a question, each as a list of special tokens and texts. The
-    folder's chat template, `default` if it has none, is recognised, not run."""
+def chat_of(folder, special):
+    """What comes before and after a question, each as a list of special tokens and texts, by the
+    folder's chat template, which is recognised, not run."""
     path = Path(folder, "chat_template.jinja")
     template = path.read_text("utf-8") if path.is_file() else optional_json(
         folder, "tokenizer_config.json").get("chat_template")
     for words, *chat in CHATS:
         chat = [[part for part in re.split(r"(<\|\w+\|>)", text) if part] for text in chat]
-        known = all(part in special for parts in chat for part in parts if part[:2] == "<|")
-        if known and words in str(template or default):  # a list if there are several
+        known = all(part in special for part in sum(chat, []) if part[:2] == "<|")
+        if known and words in str(template or NO_TEMPLATE):  # a list if there are several
             return chat
     raise ValueError("its chat template is neither Llama 3's nor SmolLM2's")
 
 
 def read_tokenizer(folder):
-    """The definition of data.Tokenizer, {pattern, ranks, special, chat, trim, eos}, of a folder.
-
-    Llama 3's tokenizer.model counts first (Meta has it in original/), then tokenizer.json.
-    FileNotFoundError if there is neither, ValueError if it cannot be used.
-    """
-    paths = [Path(folder, name) for name in
-             ("tokenizer.model", "original/tokenizer.model", "tokenizer.json")]
-    paths = [path for path in paths if path.is_file() and path.read_bytes()[:1] != b"\n"]
-    if not paths:  # sentencepiece's begins with a newline
-        raise FileNotFoundError(f"no tokenizer in {folder}: expected tokenizer.json, or Llama 3's "
-                                f"tokenizer.model (not one of sentencepiece)")
+    """The definition of data.Tokenizer, {pattern, ranks, special, chat, trim, eos}, of a folder:
+    of Llama 3's tokenizer.model (Meta has it in original/), else of tokenizer.json.
+    FileNotFoundError if there is neither, ValueError if it cannot be used."""
+    files = "tokenizer.model", "original/tokenizer.model", "tokenizer.json"
+    path = next(filter(Path.is_file, (Path(folder, name) for name in files)), None)
+    if path is None:
+        raise FileNotFoundError(f"no tokenizer in {folder}: expected {' or '.join(files)}")
     with naming(f"the tokenizer in {folder}"):
-        is_json, default = paths[0].suffix == ".json", "no template"
-        found = (read_byte_bpe if is_json else read_tiktoken)(paths[0])
-        if is_json or not Path(folder, "tokenizer_config.json").is_file():
-            default = "Cutting Knowledge Date, or no template"  # a Llama 3 is Instruct's
-        before, after = chat_of(folder, found["special"], default)
-        config = optional_json(folder, "config.json")
-        ids = eos_list(config | optional_json(folder, "generation_config.json"))
-        names = {token: name for name, token in found["special"].items()}
-        require(set(ids) <= names.keys(), f"its eos_token_id, {ids}, is not of special tokens")
+        found = read_byte_bpe(path) if path.suffix == ".json" else read_tiktoken(path)
+        special = found["special"]
+        before, after = chat_of(folder, special)
+        ids = eos_list(optional_json(folder, "config.json")
+                       | optional_json(folder, "generation_config.json"))
+        names = {token: name for name, token in special.items()}
+        require(all(i in special.values() for i in ids),
+                f"its eos_token_id, {ids}, is not of special tokens")
         ends = [after[0], "<|end_of_text|>", "<|endoftext|>", "<|eom_id|>", *map(names.get, ids)]
-        eos = list(dict.fromkeys(end for end in ends if end in found["special"]))
+        eos = list(dict.fromkeys(end for end in ends if end in special))
         return found | dict(chat=[before, after], trim=after[0] == "<|eot_id|>", eos=eos)
 
 
@@ -427,14 +424,14 @@ HUB = {  # task: (repository, configuration, splits)
     "openmath2": ("nvidia/OpenMathInstruct-2", None, ("train",))}
 
 
-def dataset_rows(task, split, rows=None):
-    """The rows of a task of HUB as dicts; with rows = (first, end) those only, streamed.
+def dataset_rows(task, split, first=0, end=None):
+    """The rows of a task of HUB as dicts; with an end only those from first to end, streamed.
     ValueError if there is no such split, no network, or no row."""
     repository, configuration, splits = HUB[task]
     require(split in splits, f"{task} has no {split} split: it has {' and '.join(splits)}")
     with naming(f"{repository} (without a network pass a .jsonl file instead of {task})"):
         import datasets
-        found = datasets.load_dataset(repository, configuration, split=split, streaming=bool(rows))
-        found = [dict(row) for row in itertools.islice(found, *rows or (None,))]
-    require(found, f"{task} has no rows {' to '.join(map(str, rows or []))}")
-    return found
+        rows = datasets.load_dataset(repository, configuration, split=split, streaming=bool(end))
+        rows = [dict(row) for row in itertools.islice(rows, first, end)]
+    require(rows, f"{task} has no rows {first} to {end}")
+    return rows

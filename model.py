@@ -639,8 +639,9 @@ def from_pretrained(cls, path_or_repo, device=None, dtype=None):
     its stored dtype if None. FileNotFoundError or ValueError names what is missing or unsupported.
     """
     folder = hub.checkpoint_folder(path_or_repo)
-    with torch.device("meta"):  # shapes without memory
-        lm = cls(Config(**hub.read_config(folder)))
+    fields = hub.read_config(folder)
+    with torch.device("meta"), hub.naming(f"{folder}/config.json"):  # shapes without memory
+        lm = cls(Config(**fields))
     shapes = {name: tuple(tensor.shape) for name, tensor in lm.state_dict().items()}
 
     def place(name, tensor):

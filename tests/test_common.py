@@ -135,6 +135,10 @@ def test_two_runs_do_not_mix(tmp_path):
         with pytest.raises(ValueError, match=r"\(lr = 0.1 there, 0.2 now; new = None there, 2 now; "
                                              r"old = 1 there, None now\): .*--out"):
             common.same_settings(path, dict(lr=0.2, layers=[0], new=2), True)
+    for wrong in 3, [], None:
+        common.write_json(path, dict(settings=wrong))
+        with pytest.raises(ValueError, match="a.json: settings is .*, expected an object"):
+            common.same_settings(path, first, True)
 
 
 def test_a_folder_has_one_process_which_tidies_up(tmp_path):

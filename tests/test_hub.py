@@ -83,13 +83,12 @@ def mamba1_release(w, u, size=16):
     """mamba/hybrid_mamba_layer.py: dt_proj adds its bias, and the scan adds it again."""
     rows = w.get("in_proj.weight")
     if rows is None:
-        names = ("in_proj_z", "in_proj_x", "B_proj", "C_proj", "dt_proj_down")
-        rows = torch.cat([w[f"{name}.weight"] for name in names])
+        rows = torch.cat([w[f"{name}.weight"] for name in (
+            "in_proj_z", "in_proj_x", "B_proj", "C_proj", "dt_proj_down")])
     z, x, B, C, low = (u @ rows.T).split([INNER, KV, KV, INNER, RANK], dim=1)
-    if len(w["conv1d.bias"]) == INNER:
-        x = F.silu(convolve(repeat_groups(x, size), w))
-    else:
-        x = repeat_groups(F.silu(convolve(x, w)), size)
+    first = len(w["conv1d.bias"]) == INNER  # repeat_kv_before_conv
+    x = F.silu(convolve(repeat_groups(x, size) if first else x, w))
+    x = x if first else repeat_groups(x, size)
     delta = low @ w["dt_proj.weight"].T + w["dt_proj.bias"]  # nn.Linear
     B, C = (v.view(1, len(u), -1, size) for v in (repeat_groups(B, size), C))  # (1, L, G, N)
     y, _ = selective_scan_ref(x[None], delta[None], -w["A_log"].exp(), B, C, w["D"], z[None],
@@ -106,12 +105,10 @@ def ssd(x, B, C, log_decay, D_skip):
 def mamba2_release(w, u):
     """mamba2/hybrid_mamba_layer.py: dt bias once, SiLU on x, B and C, a gated norm per head."""
     z, x, B, C, dt = (u @ w["in_proj.weight"].T).split([INNER, KV, KV, INNER, H], dim=1)
-    first = len(w["conv1d.bias"]) == 3 * INNER  # repeat_kv_before_conv
-    if first:
-        x, B = repeat_groups(x, P), repeat_groups(B, P)
+    first = len(w["conv1d.bias"]) == 3 * INNER
+    x, B = (repeat_groups(v, P) if first else v for v in (x, B))
     x, B, C = F.silu(convolve(torch.cat([x, B, C], 1), w)).split([x.shape[1], B.shape[1], INNER], 1)
-    if not first:
-        x, B = repeat_groups(x, P), repeat_groups(B, P)
+    x, B = (v if first else repeat_groups(v, P) for v in (x, B))
     dt = F.softplus(dt + w["dt_bias"])  # (L, H)
     y = ssd(x, dt.repeat_interleave(P, 1) * B, C, -dt * w["A_log"].exp(), w["D"])
     y = y * F.silu(z).view(-1, H, P)
@@ -255,11 +252,11 @@ FIELDS = {
 
 
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
-@pytest.mark.parametrize("layout", ["model.safetensors", "model-{}.safetensors",
-                                    "pytorch_model.bin", "pytorch_model-{}.bin"])
+@pytest.mark.parametrize("layout", ["model.safetensors", "part.{}.safetensors",
+                                    "pytorch_model.bin", "any_{}.bin"])
 def test_a_llama_in_any_layout_equals_hugging_face(tmp_path, fields, layout):
     """Config and weights written by hand, as in repositories, not by our save. Red if a constant is
-    assumed instead of read, or a shard is skipped."""
+    assumed instead of read, or a shard is skipped, which may have any name."""
     transformers = pytest.importorskip("transformers")
     config = {key: value for key, value in (LLAMA | fields).items() if value is not None}
     torch.manual_seed(0)
@@ -267,11 +264,13 @@ def test_a_llama_in_any_layout_equals_hugging_face(tmp_path, fields, layout):
     tensors = {name: tensor.clone() for name, tensor in hf.state_dict().items()}
     if config.get("tie_word_embeddings"):
         del tensors["lm_head.weight"]
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # as in files of 2023
-    for shard in range(3) if "{}" in layout else [None]:
-        some = {name: tensor for i, (name, tensor) in enumerate(sorted(tensors.items()))
-                if shard is None or i % 3 == shard}
-        write(tmp_path, some, layout.format(shard), config=config)
+    files = {name: layout.format(i % 3) for i, name in enumerate(sorted(tensors))}
+    for file in set(files.values()):
+        write(tmp_path, {name: tensors[name] for name in files if files[name] == file}, file,
+              config=config)
+    if "{}" in layout:
+        whole = "pytorch_model.bin" if "bin" in layout else "model.safetensors"
+        (tmp_path / f"{whole}.index.json").write_text(json.dumps(dict(weight_map=files)))
     with torch.no_grad():
         assert_close(LM.from_pretrained(str(tmp_path))(TOKENS[None]), hf(TOKENS[None]).logits)
 
@@ -297,37 +296,36 @@ def test_what_we_write_loads_in_transformers_and_here(tmp_path):
 def test_the_key_discrete_mamba2_that_we_wrote_once_is_understood(tmp_path):
     for written, found in (None, "mamba2"), (True, "mamba2"), (False, "mamba2_step"):
         config = LLAMA | dict(mixers=["attention", "mamba2", "mamba"], discrete_mamba2=written)
-        fields = hub.read_config(write(tmp_path / "x", {}, config=config))
+        fields = hub.read_config(write(tmp_path / "x", random_weights([{}]), config=config))
         assert fields["mixers"] == ["attention", found, "mamba"]
 
 
 @pytest.mark.parametrize("release, key, value, message", [
-    ("llama", "model_type", "mistral", "model_type = 'mistral'"),
-    ("llama", "model_type", None, "model_type is missing"),
-    ("llama", "hidden_act", "gelu", 'hidden_act = \'gelu\', only "silu"'),
-    ("llama", "mlp_bias", True, "mlp_bias = True"),
-    ("llama", "rope_interleaved", True, "rope_interleaved = True"),
-    ("llama", "rope_parameters", dict(partial_rotary_factor=0.25), "partial_rotary_factor = 0"),
+    ("llama", "model_type", "mistral", 'model_type is "mistral", expected "llama"'),
+    ("llama", "hidden_act", "gelu", 'hidden_act is "gelu"'),
+    ("llama", "num_hidden_layers", 10 ** 5, "layers is 100000, but there are 29 tensors"),
+    ("llama", "vocab_size", 10 ** 7, r"\(40, 32\), .*expected \(10000000, 32\)"),
+    ("llama", "mixers", ["mamba2"], "x/config.json .*mixers has 1 entries for n_layers = 3"),
+    ("llama", "mlp_bias", True, "mlp_bias is true, expected false"),
+    ("llama", "rope_interleaved", True, "rope_interleaved is true"),
+    ("llama", "rope_parameters", dict(partial_rotary_factor=0.25), "partial_rotary_factor is 0.25"),
     ("llama", "rope_scaling", dict(type="linear", factor=2.0), "linear"),
-    ("llama", "rope_scaling", 7, "TypeError"),
-    ("llama", "hidden_size", "32", 'hidden_size is "32", expected a whole number'),
-    ("llama", "rms_norm_eps", "small", 'rms_norm_eps is "small"'),
-    ("llama", "eos_token_id", {"end": 2}, "eos_token_id = .*'end'"),
     ("mamba", "num_key_value_heads", 4, r"0\.mamba\.B_proj.*\(32, 32\).*expected.*\(64, 32\)"),
     ("mamba", "attn_layers", None, "cannot be used: TypeError"),
     ("mamba", "attn_layers", [1, 3], r"attn_layers = \[1, 3\] of 3 layers"),
     ("mamba", "attn_layers", [0, 1], r"0\.mamba\.A_log.*expected no such tensor"),
-    ("mamba", "ssm_cfg", dict(ngroups=H, d_state=8), "d_state = 8, only 16"),
-    ("mamba", "ssm_cfg", dict(ngroups=2, d_state=P), "ngroups = 2, only 4"),
+    ("mamba", "ssm_cfg", dict(ngroups=H, d_state=8), "d_state is 8, expected 16"),
+    ("mamba", "ssm_cfg", dict(ngroups=2, d_state=P), "ngroups is 2, expected 4"),
     ("mamba", "ssm_cfg", dict(norm_before_gate=True), "ssm_cfg .*norm_before_gate"),
-    ("llamba", "activation", "silu", "activation = 'silu'"),
-    ("llamba", "n_qk_heads", 2, "n_qk_heads = 2, only 4"),
-    ("llamba", "act_fn", "gelu", "act_fn = 'gelu'"),
+    ("llamba", "activation", "silu", 'activation is "silu"'),
+    ("llamba", "n_qk_heads", 2, "n_qk_heads is 2, expected 4"),
+    ("llamba", "act_fn", "gelu", 'act_fn is "gelu"'),
     ("llamba", "n_layer", 4, r"missing.*layers\.3\."),
     ("llamba", "n_layer", 2, r"backbone\.layers\.2\.\S+, .*expected no such tensor")])
 def test_what_would_compute_something_else_is_refused_by_name(tmp_path, release, key, value,
                                                               message):
-    """Red if a value is ignored that its authors' code would heed."""
+    """Red if a value is ignored that its authors' code would heed, or if a config is believed that
+    the weights do not fit: a hundred thousand layers hung."""
     tensors, config = dict(llama=(random_weights([ATTENTION] * LAYERS), LLAMA), llamba=llamba(),
                            mamba=mamba_in_llama())[release]
     files = copy.deepcopy(dict(config=LLAMA, mamba_config=config) if release == "mamba"
@@ -340,6 +338,25 @@ def test_what_would_compute_something_else_is_refused_by_name(tmp_path, release,
     assert "\n" not in str(error.value)
 
 
+WRONG = [[], {}, "a", -1, 0, 1.5, True, 10 ** 30, 10 ** 400, {"end": 2}, ["mamba2", 3], [[]]]
+RIGHT = dict(rope_theta=[1.5], rms_norm_eps=[1.5], factor=[1.5], tie_word_embeddings=[True],
+             eos_token_id=[[], 0], mixers=[[]], rope_scaling=[{}, {"end": 2}],
+             rope_parameters=[{}, {"end": 2}])
+
+
+@pytest.mark.parametrize("key", [*hub.HF_KEYS.values(), "rope_parameters", "factor"])
+def test_a_field_of_the_wrong_type_or_size_is_named(tmp_path, key):
+    """It cost a traceback in the middle of a mixer, or the memory of the machine."""
+    folder, right = write(tmp_path / "x", random_weights([ATTENTION] * LAYERS)), RIGHT.get(key, [])
+    for value in (value for value in WRONG if repr(value) not in map(repr, right)):
+        changes = dict(rope_scaling=LLAMA3_ROPE | {key: value}) if key == "factor" else {key: value}
+        (tmp_path / "x" / "config.json").write_text(json.dumps(LLAMA | changes))
+        field = key.replace("rope_parameters", "rope_scaling")
+        with pytest.raises(ValueError, match=f"x.*config.json.*{field}") as error:
+            LM.from_pretrained(folder)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
 # ---- weight files
 EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"
 
@@ -348,39 +365,36 @@ def copied(name, tensor):
     return tensor.clone()
 
 
-def llama_folder(tmp_path, changes):
-    """A Llama's folder after changes of its tensors, and the shapes that it should have."""
-    tensors = random_weights([ATTENTION] * LAYERS)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    stored = {name: t for name, t in (tensors | changes).items() if t is not None}
-    return write(tmp_path / "x", stored, config=LLAMA), shapes
-
-
 @pytest.mark.parametrize("changes, message", [
     ({NORM: None}, f"missing tensors: {NORM}"),
+    ({NORM: torch.tensor([1.0] * (D - 1) + [math.nan])}, f"tensor {NORM}, .* holds nan or inf"),
+    ({NORM: torch.tensor([1.0] * (D - 1) + [-math.inf])}, f"tensor {NORM}, .* holds nan or inf"),
     (dict(extra=torch.ones(3)), r"tensor extra, .*\(3,\), cannot.* no such tensor"),
     ({NORM: torch.ones(D + 1)}, rf"{NORM}, .*\(33,\).* expected \(32,\)"),
     ({NORM: torch.ones(D, dtype=torch.int8)}, f"{NORM}, torch.int8"),
-    ({"lm_head.weight": torch.ones(9, D)}, r"lm_head.weight, .*\(9, 32\).* expected \(40, 32\)"),
-    ({"lm_head.weight": torch.ones(VOCAB, D)}, "lm_head.weight and the embedding")])
+    ({"model.lm_head.weight": torch.ones(9, D)}, r"lm_head.weight, .*\(9, 32\).* no such tensor")])
 def test_a_wrong_tensor_is_named_with_its_shape(tmp_path, changes, message):
+    tensors = random_weights([ATTENTION] * LAYERS)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    stored = {name: t for name, t in (tensors | changes).items() if t is not None}
     with pytest.raises(ValueError, match=message):
-        hub.read_tensors(*llama_folder(tmp_path, changes), copied)
+        hub.read_tensors(write(tmp_path / "x", stored, config=LLAMA), shapes, copied)
 
 
 def test_a_model_does_not_lie_in_its_file(tmp_path):
-    """A tied head that is stored and equal is ignored; an index of shards beside what we saved is
-    stale. Red if a tensor would change with the file, or a slice of a fused one kept the whole."""
+    """A tied head that is stored is ignored; an index of shards beside what we saved is stale. Red
+    if a tensor would change with the file, or a slice of a fused one kept the whole."""
     weights = random_weights([ATTENTION] * LAYERS)
-    folder, _ = llama_folder(tmp_path, {"lm_head.weight": weights[EMBEDDING].clone()})
+    head = {"lm_head.weight": weights[EMBEDDING].clone()}
+    folder = write(tmp_path / "x", weights | head, config=LLAMA)
     (tmp_path / "x" / "pytorch_model.bin").write_bytes(b"not a model")
     (tmp_path / "x" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b"}}')
-    lm = LM.from_pretrained(folder)
+    state = LM.from_pretrained(folder).state_dict()
     with open(f"{folder}/model.safetensors", "r+b") as file:
         file.write(bytes(os.path.getsize(file.name)))
     for name, tensor in weights.items():
-        assert torch.equal(lm.state_dict()[name], tensor)
-        assert lm.state_dict()[name].untyped_storage().nbytes() == tensor.nbytes
+        assert torch.equal(state[name], tensor)
+        assert state[name].untyped_storage().nbytes() == tensor.nbytes
 
 
 class Exploit:
@@ -427,6 +441,32 @@ def test_one_tensor_at_a_time_is_in_memory_twice(tmp_path, monkeypatch, weights)
     assert len(mapped) == 1 + len(tensors)
 
 
+@pytest.mark.parametrize("content", [
+    "[]", "null", "{}", *('{"weight_map": %s}' % weight_map for weight_map in (
+        "3", "[]", "null", "{}", *('{"a": %s}' % name for name in (
+            '"../x.safetensors"', '"/x.safetensors"', '"a/x.bin"', '""', '"."', '".."', "5",
+            "null", '["x.bin"]', '"config.json"'))))])
+def test_an_index_names_nothing_but_files_beside_it(tmp_path, content):
+    """Weights were read from anywhere without a word."""
+    folder = write(tmp_path / "x", {}, "y.safetensors", config=LLAMA)
+    save_file({}, tmp_path / "x.safetensors")
+    (tmp_path / "x" / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match="x/model.safetensors.index.json"):
+        hub.read_config(folder)
+
+
+def test_a_tensor_that_comes_twice_is_refused(tmp_path):
+    """Readers differ in which of the two counts."""
+    folder = write(tmp_path / "x", dict(a=torch.ones(2)), config=LLAMA)
+    path = tmp_path / "x" / "model.safetensors"
+    content = path.read_bytes()
+    entry = content[9:content.index(b"}}") + 1]
+    header = b"{%s,%s}" % (entry, entry)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[-8:])
+    with pytest.raises(ValueError, match="x/model.safetensors cannot be used: .* twice"):
+        hub.read_config(folder)
+
+
 def test_a_fingerprint_is_the_crc_of_all_weight_files(tmp_path):
     """Runs recorded with it must still match: red if its order or form changes."""
     files = {"b.safetensors": b"two", "a.safetensors": b"one", "c.bin": b"three", "d.json": b"no"}
@@ -438,17 +478,17 @@ def test_a_fingerprint_is_the_crc_of_all_weight_files(tmp_path):
 # ---- the Hub
 def test_a_repository_is_downloaded_without_weights_that_it_has_twice(monkeypatch, tmp_path):
     """.bin files only where there are no safetensors. What cannot be had is one clear line."""
-    asked = []
+    asked, index = [], tmp_path / "model.safetensors.index.json"
     fake = SimpleNamespace(snapshot_download=lambda name, allow_patterns: (
-        asked.append((name, *allow_patterns)), str(tmp_path))[1])
+        asked.append(allow_patterns), str(tmp_path))[1])
     monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
-    assert hub.checkpoint_folder("org/name-1.5B") == str(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    assert hub.checkpoint_folder("org/name-1.5B") == str(tmp_path)
-    assert asked == [("org/name-1.5B", "*.json", weights) for weights in (
-        "model*.safetensors", "pytorch_model*.bin", "model*.safetensors")]
+    for weights in "pytorch_model.bin", "a.safetensors", "model.safetensors":
+        assert hub.checkpoint_folder("org/name-1.5B") == str(tmp_path)
+        assert asked[-2:] == [["*.json", "model.safetensors"], ["*.json", weights]]
+        (tmp_path / "model.safetensors").touch() if index.exists() else index.write_text(
+            '{"weight_map": {"x": "a.safetensors"}}')
     assert hub.tokenizer_folder("org/name") == str(tmp_path)
-    assert not any("model*" in pattern or pattern == "*" for pattern in asked[3])
+    assert not any("model*" in pattern or pattern == "*" for pattern in asked[-1])
     fake.snapshot_download = lambda name, allow_patterns: {}["403"]
     for package, reason in (fake, "403"), (None, "huggingface_hub"):
         monkeypatch.setitem(sys.modules, "huggingface_hub", package)
@@ -460,39 +500,36 @@ def test_only_what_looks_like_a_repository_is_looked_for(monkeypatch, tmp_path):
     """Existing folders as they are; a missing out/teacher is no one's repository."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    os.makedirs("org/name")
-    os.mkdir("out")
+    os.makedirs("org/name"), os.mkdir("out")
     for name in ("org/name", "out/teacher", "teacher", "a/b/c", "/org/name", "./name", "../name",
                  "~/name", "org/", ""):
         assert hub.checkpoint_folder(name) == hub.tokenizer_folder(name) == name
 
 
 def test_rows_come_whole_or_streamed_no_further_than_needed(monkeypatch):
-    """OpenMathInstruct-2 has 14 million: red if all are downloaded first."""
+    """OpenMathInstruct-2 has 14 million: red if all are downloaded first. Without the package or a
+    network, also while rows are streamed, the way out is named."""
     calls = []
 
     def load_dataset(repository, name=None, split=None, streaming=False):
         calls.append((repository, name, split, streaming))
         rows = [dict(row=i) for i in range(30)]
         return (calls.append(row["row"]) or row for row in rows) if streaming else rows
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    package = SimpleNamespace(load_dataset=load_dataset)
+    monkeypatch.setitem(sys.modules, "datasets", package)
     assert hub.dataset_rows("gsm8k", "test") == [dict(row=i) for i in range(30)]
-    assert hub.dataset_rows("openmath2", "train", (3, 6)) == [dict(row=i) for i in (3, 4, 5)]
+    assert hub.dataset_rows("openmath2", "train", 3, 6) == [dict(row=i) for i in (3, 4, 5)]
     assert calls == [("openai/gsm8k", "main", "test", False),
                      ("nvidia/OpenMathInstruct-2", None, "train", True), 0, 1, 2, 3, 4, 5]
-    for task, rows, message in (("math500", None, "math500 has no train split: it has test"),
-                                ("openmath2", (40, 50), "no rows 40 to 50")):
-        with pytest.raises(ValueError, match=message):
-            hub.dataset_rows(task, "train", rows)
-
-
-def test_without_datasets_or_network_the_way_out_is_named(monkeypatch):
-    """Also where the network is lost while rows are streamed."""
-    for load in None, lambda: 1 / 0, lambda: (1 / 0 for _ in "a"):
-        package = load and SimpleNamespace(load_dataset=lambda *names, **options: load())
-        monkeypatch.setitem(sys.modules, "datasets", package)
+    with pytest.raises(ValueError, match="math500 has no train split: it has test"):
+        hub.dataset_rows("math500", "train")
+    with pytest.raises(ValueError, match="no rows 40 to 50"):
+        hub.dataset_rows("openmath2", "train", 40, 50)
+    for load in lambda: 1 / 0, lambda: (1 / 0 for _ in "a"), None:
+        package.load_dataset = lambda *names, **options: load()
+        monkeypatch.setitem(sys.modules, "datasets", load and package)
         with pytest.raises(ValueError, match="nvidia.*pass a .jsonl.*(datasets|division)"):
-            hub.dataset_rows("openmath2", "train", (0, 2))
+            hub.dataset_rows("openmath2", "train", 0, 2)
 
 
 # ---- tokenizers
@@ -599,51 +636,33 @@ def test_a_tokenizer_json_that_would_give_other_ids_is_refused(trained, change, 
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.fixture
-def llama3(monkeypatch, tmp_path):
-    """A folder with a tokenizer.model like Llama 3's, of 300 tokens."""
+def test_llama_3s_tokenizer_model_counts_first_and_whole(trained, monkeypatch, tmp_path):
+    """Ids are line numbers, special tokens follow in Meta's order; three digits are one piece; the
+    chat is Instruct's. Meta's repositories have it in original/. Llama 2's, of another format but
+    that name, is refused."""
     words = ["in", " t", "he", " the", "\n\n", *map(str, range(961, 1000))]
     tokens = [bytes([byte]) for byte in range(256)] + [word.encode() for word in words]
+    lines = [b"%s %d" % (base64.b64encode(token), i) for i, token in enumerate(tokens)]
     monkeypatch.setattr(hub, "LLAMA3_RANKS", len(tokens))
-    (tmp_path / "tokenizer.model").write_bytes(
-        b"".join(b"%s %d\n" % (base64.b64encode(token), i) for i, token in enumerate(tokens)))
-    return tmp_path
-
-
-def test_llama_3s_tokenizer_model_is_read(llama3):
-    """Ids are line numbers, special tokens follow in Meta's order; three digits are one piece."""
-    definition = hub.read_tokenizer(str(llama3))
-    tokenizer, special = Tokenizer(definition), definition["special"]
+    path, folder = tmp_path / "original" / "tokenizer.model", str(tmp_path)
+    path.parent.mkdir()
+    path.write_bytes(b"\n".join(lines))
+    definition, special = read(tmp_path, trained).definition, range(300, 556)
+    tokenizer = Tokenizer(definition)
     assert tokenizer.encode("in the") == [256, 259] and tokenizer.encode("9999") == [299, ord("9")]
-    assert sorted(special.values()) == list(range(300, 556))
-    assert [special[name] - 300 for name in definition["eos"]] == [9, 1, 8]
-    (llama3 / "original").mkdir()  # where Meta's repositories have it
-    os.rename(llama3 / "tokenizer.model", llama3 / "original" / "tokenizer.model")
-    assert hub.read_tokenizer(str(llama3)) == definition
-
-
-def test_which_of_several_tokenizers_counts(trained, llama3):
-    """Llama 3's tokenizer.model, whole; of Llama 2's, which has that name, nothing is read. Without
-    a chat template they are Instruct's, but for a tokenizer.model beside a tokenizer_config.json,
-    which could have one: a base model's."""
-    def loaded():
-        tokenizer = Tokenizer(hub.read_tokenizer(str(llama3)))
-        return len(tokenizer.definition["ranks"]), tokenizer.decode(tokenizer.chat("hi"))[:40]
-    base, instruct = "<|begin_of_text|>hi\n", "<|begin_of_text|><|start_header_id|>syst"
-    read(llama3, trained)
-    assert loaded() == (300, instruct)
-    (llama3 / "tokenizer_config.json").write_text("{}")
-    assert loaded() == (300, base)
-    path, lines = llama3 / "tokenizer.model", (llama3 / "tokenizer.model").read_text().splitlines()
-    for cut in lines[:-1], lines[1:], lines[:1]:
-        path.write_text("\n".join(cut))
-        with pytest.raises(ValueError, match=f"{re.escape(str(llama3))}.*300 lines"):
-            loaded()
-    path.write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x18\x02" * 9)
-    assert loaded() == (400, instruct)
-    os.remove(llama3 / "tokenizer.json")
-    with pytest.raises(FileNotFoundError, match=f"{re.escape(str(llama3))}.*sentencepiece"):
-        loaded()
+    assert sorted(definition["special"].values()) == list(special)
+    assert [definition["special"][name] - 300 for name in definition["eos"]] == [9, 1, 8]
+    assert tokenizer.decode(tokenizer.chat("hi"))[:34] == "<|begin_of_text|><|start_header_id"
+    os.rename(path, path := tmp_path / "tokenizer.model")
+    assert hub.read_tokenizer(folder) == definition
+    for cut in lines[:-1], lines[1:], lines[:1], [b"\n\x0e\n\x05<unk>\x15\x00\x18\x02\xff" * 9]:
+        path.write_bytes(b"\n".join(cut))
+        with pytest.raises(ValueError, match=f"{re.escape(folder)}.*300 lines"):
+            hub.read_tokenizer(folder)
+    for name in "tokenizer.model", "tokenizer.json":
+        os.remove(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=f"no tokenizer in {re.escape(folder)}"):
+        hub.read_tokenizer(folder)
 
 
 # ---- chats
