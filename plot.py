@@ -3,10 +3,13 @@
     python plot.py        after python grade.py
 
 Reads   out/results.json (grade.py), out/<name>/metrics.jsonl and matrices.npz (distill.py)
-Writes  out/coverage.png, accuracy.png, front.png, results.md; training.png; matrices.png
+Writes  out/coverage.png, accuracy.png, front.png, results.md; training.png; matrices.png; but for
+those whose sources are not there
 """
+import contextlib
 import functools
 import itertools
+import json
 from pathlib import Path
 
 import matplotlib
@@ -126,7 +129,7 @@ def draw_front(fronts, look):
     for ax, (kind, rows) in zip(axes, fronts.items()):
         for name in rows[-1]["models"]:
             there = [row for row in rows if name in row["models"]]
-            seconds = [max(row["seconds"], 1e-3) for row in there]
+            seconds = np.maximum([row["seconds"] for row in there], 1e-3)
             percent = [100 * row["models"][name]["value"] for row in there]
             best = [row["model"] == name for row in there]
             ax.plot(seconds, percent, label=name, **look[name])
@@ -159,17 +162,14 @@ def draw_training(logs, look):
     return fig
 
 
-def read_results(path):
-    """results.json, {} without one. ValueError if it is not of grade.py."""
-    if not path.exists():
-        return {}
-    results = read_json(path)
+@contextlib.contextmanager
+def written_by(script, path):
+    """Whatever goes wrong with the content of a file becomes an error that names the file."""
     try:
-        report(results)  # uses most of what we draw
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} was not written by this grade.py ({error!r}): "
-                         f"run python grade.py again") from None
-    return results
+        yield
+    except Exception as error:  # numpy and matplotlib have many
+        raise ValueError(f"{path} was not written by this {script} ({error!r}): "
+                         f"run python {script} again") from None
 
 
 def read_log(path):
@@ -187,24 +187,23 @@ def read_matrices(path):
     """What draw_matrices needs: L tokens, a layer, {moment: (heads, L, L)}; {} without a file."""
     if not path.exists():
         return {}
-    try:
-        with np.load(path) as file:  # without pickles: a file is data, not code
-            length, layer = len(file["tokens"]), int(file["layer"])
-            return dict(tokens=file["tokens"], layer=layer, **{
-                moment: file[moment].astype(np.float64).reshape(-1, length, length)
-                for moment in MOMENTS if moment in file or moment == "teacher"})
-    except Exception as error:  # numpy has many for a damaged file
-        raise ValueError(f"{path} is not a matrices.npz of distill.py: {error!r}") from None
+    with written_by("distill.py", path), np.load(path) as file:  # no pickles, which can hold code
+        length, layer = len(file["tokens"]), int(file["layer"])
+        return dict(tokens=file["tokens"], layer=layer, **{
+            moment: file[moment].astype(np.float64).reshape(-1, length, length)
+            for moment in MOMENTS if moment in file or moment == "teacher"})
 
 
-def figures(results, logs, matrices):
-    """Yield (file name, figure) of all that there is to draw."""
-    models = results.get("models", {})
-    look = styles(in_order({*logs, *matrices, *models}))
-    if results:
-        yield "coverage", draw_rules(models, look, "Coverage", ["coverage"])
-        yield "accuracy", draw_rules(models, look, "Accuracy", RULES)
-        yield "front", draw_front(results["front"], look)
+def figures(path, results, logs, matrices):
+    """Yield (file name, figure) of all that there is to draw; `results` are of the file `path`."""
+    with written_by("grade.py", path):
+        json.dumps(results, allow_nan=False)  # 1e999 was read as infinity
+        models = results["models"] if results else {}
+        look = styles(in_order({*logs, *matrices, *models}))
+        drawn = results and dict(coverage=draw_rules(models, look, "Coverage", ["coverage"]),
+                                 accuracy=draw_rules(models, look, "Accuracy", RULES),
+                                 front=draw_front(results["front"], look))
+    yield from drawn.items()
     if logs:
         yield "training", draw_training(logs, look)
     for i, name in enumerate(matrices):
@@ -216,25 +215,24 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default="out", help="folder of models and figures")
     parser.add_argument("--dpi", type=number(20, 600), default=150, help="pixels per inch")
     args = parser.parse_args(argv)
-    out, results = args.out, read_results(args.out / "results.json")
-    names = in_order(path.name for path in out.glob("*/"))
+    out, path = args.out, args.out / "results.json"
+    results = read_json(path) if path.exists() else {}
+    with written_by("grade.py", path):
+        table = results and report(results) + "\n"
+    names = in_order(folder.name for folder in out.glob("*/"))
     logs = {name: log for name in names if (log := read_log(out / name / "metrics.jsonl"))}
     matrices = {name: m for name in names if (m := read_matrices(out / name / "matrices.npz"))}
     if not (results or logs or matrices):
         raise ValueError(f"nothing to draw under {out}/: run python distill.py, sample.py "
                          f"and grade.py first, or name another --out")
-    for found, source in ((results, "results.json of grade.py"), (
-            logs, "metrics.jsonl of distill.py"), (matrices, "matrices.npz of distill.py")):
-        if not found:
-            print(f"no {source} under {out}/: its figures are left out")
     with plt.rc_context(STYLE):
-        for name, fig in figures(results, logs, matrices):
+        for name, fig in figures(path, results, logs, matrices):
             write = functools.partial(fig.savefig, format="png", dpi=args.dpi)
             replace_file(out / f"{name}.png", write)
             plt.close(fig)
             print(f"wrote {out / name}.png")
     if results:
-        write_bytes(out / "results.md", (report(results) + "\n").encode())
+        write_bytes(out / "results.md", table.encode())
         print(f"wrote {out / 'results.md'}")
 
 

@@ -18,7 +18,7 @@ import sys
 import threading
 import zlib
 from fractions import Fraction
-from multiprocessing.connection import Connection, Pipe
+from multiprocessing.connection import wait
 
 LONGEST = 300  # characters of an answer that is read; longer ones are compared as they are
 CPU_SECONDS, MEMORY = 1, 4 << 30  # limits of reading one answer; the latter in bytes
@@ -203,61 +203,54 @@ def expression_readings(text):
 
 
 # ---- their process: sympy would compute 9^{9^{9^9}} for ever
-_child, _lock = None, threading.Lock()  # the process and our end of the pipe to it
+_child, _lock = None, threading.Lock()
 
 
-def serve(pipe, cpu_seconds):
-    """The life of the process: receives texts and sends their readings, until the pipe ends."""
+def serve(cpu_seconds):
+    """The life of the process: reads texts and writes their readings, a line of JSON for each."""
     global sympy, grammar
     import resource
     import sympy
     from latex2sympy2_extended import latex2sympy2 as grammar
     with contextlib.suppress(ValueError):  # macOS knows no such limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    pipe, found = Connection(pipe), "ready"
-    with contextlib.suppress(EOFError):
-        while True:
-            pipe.send_bytes(json.dumps(found).encode())
-            text = json.loads(pipe.recv_bytes())
-            signal.setitimer(signal.ITIMER_PROF, cpu_seconds)  # unhandled, SIGPROF ends the process
-            try:
-                found = expression_readings(text)
-            except Exception:  # whatever sympy makes of nonsense; no memory; too deep a recursion
-                found = []
-            signal.setitimer(signal.ITIMER_PROF, 0)
+    answers, sys.stdout = sys.stdout, sys.stderr  # where others may print
+    print('"ready"', file=answers, flush=True)
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)  # unhandled, SIGPROF ends the process
+        try:
+            found = expression_readings(json.loads(line))
+        except Exception:  # whatever sympy makes of nonsense; no memory; too deep a recursion
+            found = []
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps(found), file=answers, flush=True)
 
 
 def start_child():
-    """(process, pipe) that runs serve() and is ready. ValueError if math-verify isn't installed."""
-    pipe, theirs = Pipe()
-    code = f"import verdict; verdict.serve({theirs.fileno()}, {CPU_SECONDS})"
-    with theirs:
-        process = subprocess.Popen(
-            [sys.executable, "-c", code], cwd=os.path.dirname(os.path.abspath(__file__)),
-            pass_fds=[theirs.fileno()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    if receive(pipe, 100) != "ready":
-        end_child(process, pipe)
+    """A process that runs serve() and is ready. ValueError if math-verify isn't installed."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", f"import verdict; verdict.serve({CPU_SECONDS})"],
+        cwd=os.path.dirname(os.path.abspath(__file__)),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    if receive(child, 100) != "ready":
+        end_child(child)
         raise ValueError("math-verify, which reads LaTeX answers, does not start: "
                          "pip install -r requirements.txt")
-    return process, pipe
+    return child
 
 
-def receive(pipe, seconds):
-    """The next message from a pipe; None if it ends or the time is over."""
-    with contextlib.suppress(OSError, EOFError):
-        return json.loads(pipe.recv_bytes()) if pipe.poll(seconds) else None
+def receive(child, seconds):
+    """The next message of a process; None if it ends or the time is over."""
+    with contextlib.suppress(ValueError):
+        return json.loads(child.stdout.readline()) if wait([child.stdout], seconds) else None
 
 
-def end_child(process, pipe):
-    process.kill()
-    process.wait()
-    pipe.close()
+def end_child(child):
+    child.kill()
+    child.communicate()  # closes the pipes
 
 
-@atexit.register
-def end_last_child():
-    if _child:
-        end_child(*_child)
+atexit.register(lambda: _child and end_child(_child))
 
 
 def ask(text):
@@ -268,12 +261,13 @@ def ask(text):
         for _ in range(2):
             child, _child = _child or start_child(), None  # None if we are interrupted
             with contextlib.suppress(OSError):
-                child[1].send_bytes(json.dumps(text).encode())
-            found = receive(child[1], 10 * CPU_SECONDS)
+                child.stdin.write(json.dumps(text).encode() + b"\n")
+                child.stdin.flush()
+            found = receive(child, 10 * CPU_SECONDS)
             if found is not None:
                 _child = child
                 return found
-            end_child(*child)
+            end_child(child)
         return []
 
 

@@ -24,8 +24,7 @@ def write_model(out, name, answers, golds, seconds=None, **sidecar):
                     completion="no idea" if answer is None else f"so it is \\boxed{{{answer}}}",
                     finish="stop", seconds=seconds[p][s] if seconds else 1.0 + s)
                for p, row in enumerate(answers) for s, answer in enumerate(row)]
-    if sidecar:
-        (folder / "samples.json").write_text(json.dumps(sidecar))
+    (folder / "samples.json").write_text(json.dumps(sidecar))
     records.sort(key=lambda r: r["seconds"])
     path = folder / "samples.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -270,8 +269,9 @@ def test_a_model_alone_has_a_front_and_times_of_0_divide_nothing(tmp_path):
     row, model = results["front"]["accuracy"][0], results["models"]["pure"]
     assert "ahead" not in model and model["params"] is model["tokens_per_second"] is None
     assert (row["seconds"], row["model"], row["student"]) == (0, "pure", None)
-    write_model(tmp_path, "teacher", [["1"]], ["1"], [[0]])
-    assert run_main(tmp_path)["models"]["pure"]["ahead"]["coverage"]["times_as_fast"] is None
+    write_model(tmp_path, "teacher", [["0"]], ["1"], [[0]])
+    found = run_main(tmp_path)["models"]["pure"]["ahead"]["coverage"]
+    assert (found["best_lead"], found["times_as_fast"]) == (100, None)
 
 
 # ---- which models
@@ -291,14 +291,13 @@ def test_each_student_is_compared_with_the_teacher_of_its_size(tmp_path):
     assert teachers("--model", "pure", "--teacher", "hybrid") == {"pure": "hybrid"}  # joins in
 
 
-def test_models_on_other_problems_are_not_compared(tmp_path, capsys):
+def test_models_on_other_problems_are_not_compared(tmp_path):
     for name, golds in dict(teacher=["1", "2"], pure=["1", "3"], hybrid=["1"]).items():
         write_model(tmp_path, name, [["1"], ["2"]][:len(golds)], golds)
-    results = run_main(tmp_path)
-    assert not any("ahead" in m for m in results["models"].values())
-    assert list(results["front"]["coverage"][0]["models"]) == ["teacher"]
-    for line, name in zip(capsys.readouterr().out.splitlines(), ("pure", "hybrid")):
-        assert line == f"{name} was sampled on other problems than teacher: not compared"
+    for name in "pure", "hybrid":
+        with pytest.raises(ValueError, match=f"{name} was sampled on other problems than teacher"):
+            run_main(tmp_path, "--model", "teacher", name)
+    assert "ahead" not in run_main(tmp_path, "--model", "hybrid")["models"]["hybrid"]
 
 
 # ---- scores
@@ -350,11 +349,16 @@ def edit(**change):
     ("samples.jsonl", lambda lines: [lines[0], lines[1][:20], *lines], "line 2 is not readable JS"),
     ("samples.jsonl", edit(seconds=None), "line 2: seconds is null"),
     ("samples.jsonl", edit(seconds=-1), "negative seconds"),
+    ("samples.jsonl", edit(problem=-1), "line 2: problem is -1, expected"),
     ("samples.jsonl", edit(gold=3), "line 2: gold is 3, expected text"),
-    ("samples.jsonl", lambda lines: [*lines, lines[0]], "comes twice"),
+    ("samples.jsonl", edit(gold="3"), "problem 1, sample [01] .* another question or gold"),
+    ("samples.jsonl", edit(question="3"), "problem 1, sample [01] .* another question or gold"),
+    ("samples.jsonl", lambda lines: [*lines, lines[0]], "problem 0, sample 0 comes twice"),
     ("samples.jsonl", edit(problem=9), "has no complete round"),
     ("samples.jsonl", lambda lines: [], "has no complete round.*run python sample.py"),
     ("samples.json", lambda lines: ["{"], "samples.json is not readable"),
+    ("scores.jsonl", lambda lines: [*lines, lines[0]], "problem 0, sample 0 comes twice"),
+    ("scores.jsonl", edit(sample=-1), "line 2: sample is -1, expected"),
     ("scores.jsonl", lambda lines: lines[1:], "no score of problem .*run python score.py"),
     ("scores.jsonl", edit(crc="00000000"), "or one of another text"),  # numbers like any others
     ("scores.jsonl", edit(score="x"), "line 2: score is \"x\", expected"),
@@ -371,10 +375,17 @@ def test_a_damaged_file_is_named_and_nothing_is_written(file, change, said, tmp_
     assert (tmp_path / "results.json").read_text() == "earlier"
 
 
-def test_a_model_without_samples_is_named(tmp_path):
+def test_what_is_not_there_or_a_folder_is_named(tmp_path):
     scored(tmp_path)
     for arguments, said in (["--model", "mamba"], "mamba/samples.jsonl has no complete round"), (
             ["--teacher", "llama"], "llama/samples.jsonl has no complete round"), (
             ["--out", "nowhere"], "no samples under nowhere/: run python sample.py"):
         with pytest.raises(ValueError, match=said):
             run_main(tmp_path, *arguments)
+    (tmp_path / "results.json").mkdir()
+    with pytest.raises(OSError, match="results.json'$"):
+        run_main(tmp_path)
+    (tmp_path / "pure" / "samples.json").unlink()
+    with pytest.raises(OSError, match="samples.json'$"):
+        run_main(tmp_path)
+    assert not list(tmp_path.rglob("*.tmp"))
