@@ -44,7 +44,7 @@ def alone(answers):
 
 def weighted_vote(answers, scores, group=groups):
     """The answer with the largest sum of scores, as it was first spelled; None if nobody answered.
-    Equal answers count together; ties go to the earliest."""
+    Ties go to the earliest."""
     ids = group(answers)
     winner = leaders(ids, scores)[-1] if ids else -1
     return answers[ids.index(winner)] if winner >= 0 else None
@@ -194,8 +194,8 @@ def in_words(entry):
         where = "from {:.1f} to {:.1f} s".format(*max(entry["budgets"], key=np.ptp))
     if entry["times_as_fast"]:
         speed = "{:.1f} to {:.1f} times as fast".format(*entry["times_as_fast"])
-    return ("{}, at best {best_lead:+.1f} [{best_lead_low:+.1f}, {best_lead_high:+.1f}] points at "
-            "{seconds:.1f} s (equally good {})").format(where, speed, **entry)
+    best = "at best {best_lead:+.1f} [{best_lead_low:+.1f}, {best_lead_high:+.1f}] points"
+    return f"{where}, {best.format(**entry)} at {entry['seconds']:.1f} s (equally good {speed})"
 
 
 def report(results):

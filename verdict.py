@@ -1,10 +1,10 @@
 r"""One answer: extracting it from a completion, whether it is right, and which answers are one.
 
 An answer is turned into its *readings*, texts that are equal where values are. It has several if
-people mean several things by it: 15% is 15% and 0.15 and 15; "x = 5" is an equation and 5. Plain
-numbers become fractions. For the rest math-verify's grammar (latex2sympy2_extended) turns LaTeX
-into sympy objects. Its own verify() rounds at 6 decimals, takes X for x and ab for BA, and compares
-pairs, where a vote needs one form per answer.
+people mean several things by it: 15% is 15% and 0.15 and 15; "x = 5" is an equation and 5. For what
+is no plain number math-verify's grammar (latex2sympy2_extended) turns LaTeX into sympy objects. Its
+own verify() rounds at 6 decimals, takes X for x and ab for BA, and compares pairs, where a vote
+needs one form per answer.
 """
 import atexit
 import contextlib
@@ -114,13 +114,6 @@ SPELLINGS = [(re.compile(pattern), new) for pattern, new in [
 ]]
 
 
-def spell(answer):
-    """The answer in one spelling, without units, currencies and layout."""
-    for pattern, new in SPELLINGS:
-        answer = pattern.sub(new, answer)
-    return answer.strip()
-
-
 # ---- expressions, in a process of their own, which imports sympy and the grammar
 def listing(forms):
     """The form of a list whose order does not count."""
@@ -136,8 +129,8 @@ def value_at(tree, k):
 
 
 def scalar(tree):
-    """The form of a formula: exact if it is a rational number or a name, else 12 digits of it, at
-    two points if it has variables: formulas that agree there are equal in all likelihood."""
+    """The form of a formula: exact if it is rational or a name, else 12 digits, at two points if it
+    has variables: formulas that agree there are equal in all likelihood."""
     exact = {number: sympy.Rational(str(number)) for number in tree.atoms(sympy.Float)}
     exact |= {symbol: sympy.I for symbol in tree.free_symbols if symbol.name == "i"}
     tree = tree.xreplace(exact).doit()
@@ -188,10 +181,9 @@ def expression_readings(text):
     """The readings of LaTeX: of `x = 5` also 5, of a list the tuple, of a number its roundings."""
     latex = grammar.normalize_latex(
         text, grammar.NormalizationConfig(malformed_operators=True, boxed="none"))
-    tree = grammar.latex2sympy(
+    name, value = named(grammar.latex2sympy(
         latex, is_real=True, normalization_config=None,
-        conversion_config=grammar.ConversionConfig(lowercase_symbols=False))
-    name, value = named(tree)
+        conversion_config=grammar.ConversionConfig(lowercase_symbols=False)))
     found = [form(value)]
     if isinstance(value, grammar.FiniteSet):
         values = [form(named(part)[1]) for part in value._unsorted_args]  # in the order written
@@ -255,7 +247,7 @@ atexit.register(lambda: _child and end_child(_child))
 
 def ask(text):
     """The readings of LaTeX by the process; [] if it cannot tell within its limits, in two tries:
-    somebody may have stopped the first process, or a busy machine slowed it down."""
+    somebody may have stopped the first process."""
     global _child
     with _lock:
         for _ in range(2):
@@ -283,7 +275,10 @@ PRODUCT = re.compile(r"(?:[abcdf-hj-np-tv-z]{1,3}[ -]?)+")  # abc; words have ot
 @functools.lru_cache(maxsize=1 << 20)
 def readings(answer):
     """What an answer may mean, the most literal first: a list of texts, [] if it says nothing."""
-    text = answer.strip() if len(answer) > LONGEST else spell(answer)
+    text = answer
+    for pattern, new in SPELLINGS if len(answer) <= LONGEST else ():
+        text = pattern.sub(new, text)
+    text = text.strip()
     if not text or len(text) > LONGEST:
         return [text] if text else []
     plain = re.sub("[ ,]", "", text) if GROUPED.fullmatch(text) else text
@@ -324,8 +319,7 @@ def groups(answers):
         known = [possible[r] for r in found[:1] if r in possible]
         known += [literal[r] for r in found if r in literal]
         if found and not known:
-            known = [len(literal)]
-            literal[found[0]] = known[0]
+            known = [literal.setdefault(found[0], len(literal))]
             for reading in found:
                 possible.setdefault(reading, known[0])  # the earlier group wins
         numbers.append(min(known, default=-1))
