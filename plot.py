@@ -3,8 +3,8 @@
     python plot.py        after python grade.py
 
 Reads   out/results.json (grade.py), out/<name>/metrics.jsonl and matrices.npz (distill.py)
-Writes  out/coverage.png, accuracy.png, front.png, results.md; training.png; matrices.png; but for
-those whose sources are not there
+Writes  out/coverage.png, accuracy.png, front.png, results.md; training.png; matrices.png
+        (those whose sources are there)
 """
 import contextlib
 import functools
@@ -57,9 +57,7 @@ def log_axis(axis, label):
 # ---- curves
 def draw_rules(models, look, title, rules):
     """What models reach against seconds (left) and samples (right), with bands of 95% intervals.
-
-    Of several rules each is a line style; those with scores take the time of scoring, too.
-    """
+    Of several rules each is a line style; those with scores take the time of scoring, too."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True)
     rules = [rule for rule in rules if all(rule in m for m in models.values())]
     dashes = {rule: dict(linestyle=RULES[rule]) for rule in rules if rules[1:]}
@@ -194,20 +192,28 @@ def read_matrices(path):
             for moment in MOMENTS if moment in file or moment == "teacher"})
 
 
-def figures(path, results, logs, matrices):
-    """Yield (file name, figure) of all that there is to draw; `results` are of the file `path`."""
+def figures(out):
+    """Yield (file name, figure or text) of all that there is to draw under `out`."""
+    path, names = out / "results.json", in_order(folder.name for folder in out.glob("*/"))
+    results = read_json(path) if path.exists() else {}
+    logs = {name: log for name in names if (log := read_log(out / name / "metrics.jsonl"))}
+    matrices = {name: m for name in names if (m := read_matrices(out / name / "matrices.npz"))}
+    if not (results or logs or matrices):
+        raise ValueError(f"nothing to draw under {out}/: run python distill.py, sample.py "
+                         f"and grade.py first, or name another --out")
     with written_by("grade.py", path):
         json.dumps(results, allow_nan=False)  # 1e999 was read as infinity
         models = results["models"] if results else {}
         look = styles(in_order({*logs, *matrices, *models}))
-        drawn = results and dict(coverage=draw_rules(models, look, "Coverage", ["coverage"]),
-                                 accuracy=draw_rules(models, look, "Accuracy", RULES),
-                                 front=draw_front(results["front"], look))
+        drawn = results and {"coverage.png": draw_rules(models, look, "Coverage", ["coverage"]),
+                             "accuracy.png": draw_rules(models, look, "Accuracy", RULES),
+                             "front.png": draw_front(results["front"], look),
+                             "results.md": report(results) + "\n"}
     yield from drawn.items()
     if logs:
-        yield "training", draw_training(logs, look)
+        yield "training.png", draw_training(logs, look)
     for i, name in enumerate(matrices):
-        yield f"matrices-{name}" if i else "matrices", draw_matrices(name, matrices[name])
+        yield f"matrices{f'-{name}' if i else ''}.png", draw_matrices(name, matrices[name])
 
 
 def main(argv=None):
@@ -215,25 +221,15 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default="out", help="folder of models and figures")
     parser.add_argument("--dpi", type=number(20, 600), default=150, help="pixels per inch")
     args = parser.parse_args(argv)
-    out, path = args.out, args.out / "results.json"
-    results = read_json(path) if path.exists() else {}
-    with written_by("grade.py", path):
-        table = results and report(results) + "\n"
-    names = in_order(folder.name for folder in out.glob("*/"))
-    logs = {name: log for name in names if (log := read_log(out / name / "metrics.jsonl"))}
-    matrices = {name: m for name in names if (m := read_matrices(out / name / "matrices.npz"))}
-    if not (results or logs or matrices):
-        raise ValueError(f"nothing to draw under {out}/: run python distill.py, sample.py "
-                         f"and grade.py first, or name another --out")
     with plt.rc_context(STYLE):
-        for name, fig in figures(path, results, logs, matrices):
-            write = functools.partial(fig.savefig, format="png", dpi=args.dpi)
-            replace_file(out / f"{name}.png", write)
-            plt.close(fig)
-            print(f"wrote {out / name}.png")
-    if results:
-        write_bytes(out / "results.md", table.encode())
-        print(f"wrote {out / 'results.md'}")
+        for name, drawn in figures(args.out):
+            if isinstance(drawn, str):
+                write_bytes(args.out / name, drawn.encode())
+            else:
+                write = functools.partial(drawn.savefig, format="png", dpi=args.dpi)
+                replace_file(args.out / name, write)
+                plt.close(drawn)
+            print(f"wrote {args.out / name}")
 
 
 if __name__ == "__main__":
