@@ -223,7 +223,7 @@ def report(results):
 
 
 def read_records(path, **fields):
-    """{(problem, sample): record} of a .jsonl file."""
+    """{(problem, sample): record} and {problem: (question, gold)} of a .jsonl file."""
     found, asked = {}, {}
     for r in read_jsonl(path, dict(problem=int, sample=int, seconds=float, **fields), torn=True):
         p, s, question = r["problem"], r["sample"], (r.get("question"), r.get("gold"))
@@ -231,12 +231,12 @@ def read_records(path, **fields):
             raise ValueError(f"{path}: problem {p}, sample {s} comes twice, has negative seconds, "
                              f"or another question or gold than before: delete that line")
         found[p, s] = r
-    return found
+    return found, asked
 
 
 def add_scores(found, path):
     """Give records a judge's `score`, and `scored`: its seconds since scoring began."""
-    scores = read_records(path, score=float, crc=str)
+    scores, _ = read_records(path, score=float, crc=str)
     for (p, s), r in found.items():
         score = scores.get((p, s), {})
         if score.get("crc") != crc(r["completion"]):
@@ -253,10 +253,10 @@ def in_order(names):
 
 
 def read_model(folder, scores, seed):
-    """A model's entry of results.json, its Curves of coverage and accuracy, [(question, gold)]."""
+    """A model's entry of results.json, its Curves of coverage and accuracy, its questions."""
     path = folder / "samples.jsonl"
-    found = read_records(path, question=str, gold=str, completion=str, num_tokens=int)
-    problems = range(max((p + 1 for p, _ in found), default=1))
+    found, asked = read_records(path, question=str, gold=str, completion=str, num_tokens=int)
+    problems = range(max(asked, default=0) + 1)
     n = next(n for n in itertools.count() if any((p, n) not in found for p in problems))
     if not n:
         raise ValueError(f"{path} has no complete round, one sample of each problem: "
@@ -273,7 +273,6 @@ def read_model(folder, scores, seed):
         entry["seconds_scored" if rule in SCORED else "seconds"] = curve.seconds[k - 1].tolist()
         entry |= with_interval(rule, curve.values[:, k - 1], seed)
     choices = [curves[rule] for rule in ("majority", "weighted") if rule in curves]
-    asked = [(found[p, 0]["question"], found[p, 0]["gold"]) for p in problems]
     return entry, best_rule([curves["coverage"]]), best_rule(choices), asked
 
 

@@ -222,8 +222,8 @@ def start_child():
     """A process that runs serve() and is ready. ValueError if math-verify isn't installed."""
     child = subprocess.Popen(
         [sys.executable, "-c", f"import verdict; verdict.serve({CPU_SECONDS})"],
-        cwd=os.path.dirname(os.path.abspath(__file__)),
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        cwd=os.path.dirname(__file__), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL)
     if receive(child, 100) != "ready":
         end_child(child)
         raise ValueError("math-verify, which reads LaTeX answers, does not start: "
