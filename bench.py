@@ -205,7 +205,7 @@ def mamba_ssm(x, dt, A, B, C, D, z, dt_bias):
 
 
 def mambapy(x, dt, A, B, C, D, z, dt_bias):
-    """In PyTorch, as its MambaBlock.selective_scan does it; one group."""
+    """In PyTorch, as its MambaBlock.selective_scan does; one group."""
     from mambapy.pscan import pscan
     dt = F.softplus(dt + dt_bias)  # (B, L, D)
     h = pscan(torch.exp(dt[..., None] * A), (dt * x)[..., None] * B.float())  # (B, L, D, N)
@@ -220,14 +220,13 @@ def bench_kernels(shape, batch, prompt, repeats, device, dtype):
         channels, found, runs = Config(**SHAPES[name][0]).d_model, [], {}
         inputs = kernels.random_inputs(rows, prompt, channels, 16, dtype, device)["selective_scan"]
         del inputs["h0"]  # mamba_ssm's state starts at zero
+        work = kernels.values_and_gradients
         for scan in ours, mamba_ssm, mambapy:
             try:
-                found.append(kernels.values_and_gradients(scan, inputs))  # warms up, too
+                found.append(work(scan, inputs))  # warms up, too
+                runs[scan.__name__] = speed_of, rows * prompt, work, scan, inputs
             except ImportError:
                 print(f"{scan.__name__} is not installed")
-                continue
-            runs[scan.__name__] = (speed_of, rows * prompt, kernels.values_and_gradients, scan,
-                                   inputs)
         lines = race(runs, repeats, shape=name, batch=rows, prompt=prompt)
         for line, result in zip(lines, found):
             yield line | {"error": f"{kernels.largest_error(result, found[0]):.0e}"}

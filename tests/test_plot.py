@@ -196,7 +196,7 @@ def test_results_that_are_not_of_grade_py_are_named_and_nothing_is_drawn(old, ne
     assert sorted(tmp_path.rglob("*")) == files
 
 
-def test_a_folder_in_the_place_of_a_figure_is_named(three, tmp_path):
+def test_a_folder_in_the_place_of_a_figure_is_named(tmp_path):
     make_out(tmp_path, ["pure"])
     (tmp_path / "front.png").mkdir()
     with pytest.raises(OSError, match="front.png'$"):
