@@ -39,24 +39,18 @@ SHAPES = {  # a Llama; the hybrid's mixer, and its layers of attention; where th
     "llama-3b": (LLAMA_3B, "mamba", HYBRID_3B, {}),
     "llamba-3b": (LLAMA_3B, "mamba", HYBRID_3B,  # the pure student as Llamba released it
                   dict(n_heads=32, n_kv_heads=32, head_dim=96, d_state=64))}
-PATTERNS = "transformer", "pure", "hybrid"
-
-
-def config_of(shape, pattern):
-    """The Config of a shape with attention everywhere, nowhere, or in the hybrid's layers."""
-    llama, mixer, attention, pure = SHAPES[shape]
-    layers = range(Config(**llama).n_layers)
-    if pattern == "pure":
-        return Config(**llama | pure, mixers=["mamba2" for _ in layers])
-    kept = layers if pattern == "transformer" else attention
-    return Config(**llama, mixers=["attention" if i in kept else mixer for i in layers])
 
 
 def empty_models(shape, dtype):
-    """{pattern: model on the device "meta"}: weights and states have sizes, but no memory."""
+    """{"transformer", "pure", "hybrid": model} of a shape, on the device "meta": without memory."""
+    llama, mixer, attention, pure = SHAPES[shape]
+    n_layers = Config(**llama).n_layers
+    hybrid = ["attention" if i in attention else mixer for i in range(n_layers)]
     with torch.device("meta"):
-        return {pattern: cast(LM(config_of(shape, pattern)), "meta", dtype)
-                for pattern in PATTERNS}
+        models = dict(transformer=LM(Config(**llama, mixers=["attention"] * n_layers)),
+                      pure=LM(Config(**llama | pure, mixers=["mamba2"] * n_layers)),
+                      hybrid=LM(Config(**llama, mixers=hybrid)))
+        return {pattern: cast(lm, "meta", dtype) for pattern, lm in models.items()}
 
 
 # ---- bytes
@@ -69,8 +63,8 @@ def sizes(lm, states=torch.float32):
 def bytes_per_token(weights, token, state, rows, prompt, new):
     """What decoding has to move for each of `new` tokens of a row, on average, given `sizes`.
 
-    A step reads the weights once for all rows (shapes tie embedding and head), a row's cache up to
-    its length, and its state; it writes a token of the cache and the state.
+    A step reads the weights once for all rows, a row's cache up to its length, and its state; it
+    writes a token of the cache and the state.
     """
     context = prompt + (new + 1) / 2  # the mean of prompt + 1, ..., prompt + new
     return weights / rows + context * token + 2 * state
@@ -90,10 +84,9 @@ def ceilings(shape, batch, prompt, generate, memory):
             for model in "transformer", "pure 32", "pure 16", "hybrid 32", "hybrid 16":
                 states = torch.bfloat16 if model.endswith("16") else torch.float32
                 weights, token, state = sizes(models[model.split()[0]], states)
-                fit = (1e9 * memory - weights) // ((prompt + new) * token + state)
-                if fit < 1:
+                count = rows or int((1e9 * memory - weights) // ((prompt + new) * token + state))
+                if count < 1:
                     raise ValueError(f"--memory {memory:g} is too small for a row of {name}")
-                count = rows or int(fit)
                 moved.append(bytes_per_token(weights, token, state, count, prompt, new))
                 line[model] = f"{moved[0] / moved[-1]:.2f} ({count})"
             yield line
@@ -101,7 +94,7 @@ def ceilings(shape, batch, prompt, generate, memory):
 
 # ---- the clock
 def speed_of(tokens, work, *arguments):
-    """Tokens per second of a call that works on so many."""
+    """Tokens per second of a call that works on so many tokens."""
     start = time.perf_counter()
     work(*arguments)
     if torch.cuda.is_available():
@@ -134,8 +127,9 @@ def full_batch(empty, device, rows, prompt, new):
     batch = sample.Batch(prepare(lm), rows, prompt + new + ROOM, new + ROOM, (),
                          lambda logits, u: sample.choose_tokens(logits, u, temperature=0.8))
     batch.done.fill_(False)
-    for tensor in (tensor for layer in batch.state.layers for tensor in layer.values()):
-        tensor.normal_()
+    for layer in batch.state.layers:
+        for tensor in layer.values():
+            tensor.normal_()
     return batch
 
 
@@ -153,8 +147,8 @@ def decoding_speed(empty, device, rows, prompt, new):
     """New tokens per second over a text, of a model alone in memory; nan if it is too large."""
     gc.collect()
     torch.cuda.empty_cache()
-    contexts = [max(0, prompt + new * (2 * i + 1) // (2 * POSITIONS) - STEPS // 2)
-                for i in range(POSITIONS)]
+    contexts = [max(0, prompt + new * i // (2 * POSITIONS) - STEPS // 2)
+                for i in range(1, 2 * POSITIONS, 2)]
     try:
         batch = full_batch(empty, device, rows, prompt, new)
         decode(batch, contexts[-1:])  # to warm up: compile, record, touch
@@ -166,10 +160,9 @@ def decoding_speed(empty, device, rows, prompt, new):
 def bench_decoding(shape, batch, prompt, generate, repeats, device, dtype):
     """Yield speeds of new tokens, the ratio's ceiling by bytes, and GB/s of what has to move."""
     for name, rows, new in itertools.product(shape, batch, generate):
-        models = empty_models(name, dtype)
-        moved = [bytes_per_token(*sizes(lm), rows, prompt, new) for lm in models.values()]
         runs = {pattern: (decoding_speed, lm, device, rows, prompt, new)
-                for pattern, lm in models.items()}
+                for pattern, lm in empty_models(name, dtype).items()}
+        moved = [bytes_per_token(*sizes(lm), rows, prompt, new) for _, lm, *_ in runs.values()]
         lines = race(runs, repeats, shape=name, batch=rows, prompt=prompt, generate=new)
         for line, mine in zip(lines, moved):
             yield line | {"ceiling": moved[0] / mine, "GB/s": line["tokens/s"] * mine / 1e9}
@@ -181,7 +174,7 @@ def bench_against(against, batch, prompt, generate, repeats, device, dtype):
     from transformers import AutoModelForCausalLM, GenerationConfig
     ours = prepare(LM.from_pretrained(against, device, dtype))
     if set(ours.config.mixers) != {"attention"}:
-        raise ValueError(f"--against {against} is not a Llama, which transformers could run")
+        raise ValueError(f"--against {against} is not a Llama")
     theirs = AutoModelForCausalLM.from_pretrained(against, dtype=dtype).to(device).eval()
     for rows, new in itertools.product(batch, generate):
         prompts = torch.randint(1, ours.config.vocab_size, (rows, prompt), device=device)
@@ -190,8 +183,8 @@ def bench_against(against, batch, prompt, generate, repeats, device, dtype):
             cache_implementation="static" if device.type == "cuda" else None)
 
         def our_texts():
-            return list(sample.generate(ours, prompts.tolist(), max_new_tokens=new,
-                                        temperature=0.8, batch_size=rows))
+            list(sample.generate(ours, prompts.tolist(), max_new_tokens=new, temperature=0.8,
+                                 batch_size=rows))
         runs = {"transformers": (speed_of, rows * new, theirs.generate, prompts),
                 "ours": (speed_of, rows * new, our_texts)}
         list(race(runs, 1))  # to warm up
@@ -199,7 +192,11 @@ def bench_against(against, batch, prompt, generate, repeats, device, dtype):
 
 
 # ---- kernels and peers
-def mamba_ssm_scan(x, dt, A, B, C, D, z, dt_bias):
+def ours(**inputs):
+    return kernels.selective_scan(**inputs, dt_softplus=True)[0]
+
+
+def mamba_ssm(x, dt, A, B, C, D, z, dt_bias):
     """Gu and Dao's: channels first."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
     x, dt, z = (u.transpose(1, 2).contiguous() for u in (x, dt, z))  # (B, D, L)
@@ -207,8 +204,8 @@ def mamba_ssm_scan(x, dt, A, B, C, D, z, dt_bias):
     return selective_scan_fn(x, dt, A, B, C, D, z, dt_bias, delta_softplus=True).transpose(1, 2)
 
 
-def mambapy_scan(x, dt, A, B, C, D, z, dt_bias):
-    """mambapy's, in PyTorch, as its MambaBlock.selective_scan uses it; one group."""
+def mambapy(x, dt, A, B, C, D, z, dt_bias):
+    """In PyTorch, as its MambaBlock.selective_scan does; one group."""
     from mambapy.pscan import pscan
     dt = F.softplus(dt + dt_bias)  # (B, L, D)
     h = pscan(torch.exp(dt[..., None] * A), (dt * x)[..., None] * B.float())  # (B, L, D, N)
@@ -216,27 +213,23 @@ def mambapy_scan(x, dt, A, B, C, D, z, dt_bias):
     return (y * F.silu(z)).to(x.dtype)
 
 
-SCANS = dict(ours=lambda **inputs: kernels.selective_scan(**inputs, dt_softplus=True)[0],
-             mamba_ssm=mamba_ssm_scan, mambapy=mambapy_scan)
-
-
 def bench_kernels(shape, batch, prompt, repeats, device, dtype):
     """Yield speeds of selective scans, forward and backward, N = 16, and the largest difference of
     y and all gradients from ours."""
     for name, rows in itertools.product(shape, batch):
-        channels, found = config_of(name, "transformer").d_model, {}
+        channels, found, runs = Config(**SHAPES[name][0]).d_model, [], {}
         inputs = kernels.random_inputs(rows, prompt, channels, 16, dtype, device)["selective_scan"]
         del inputs["h0"]  # mamba_ssm's state starts at zero
-        for peer, scan in SCANS.items():
+        work = kernels.values_and_gradients
+        for scan in ours, mamba_ssm, mambapy:
             try:
-                found[peer] = kernels.values_and_gradients(scan, inputs)  # warms up, too
+                found.append(work(scan, inputs))  # warms up, too
+                runs[scan.__name__] = speed_of, rows * prompt, work, scan, inputs
             except ImportError:
-                print(f"{peer} is not installed")
-        runs = {peer: (speed_of, rows * prompt, kernels.values_and_gradients, SCANS[peer], inputs)
-                for peer in found}
+                print(f"{scan.__name__} is not installed")
         lines = race(runs, repeats, shape=name, batch=rows, prompt=prompt)
-        for line, result in zip(lines, found.values()):
-            yield line | {"error": f"{kernels.largest_error(result, found['ours']):.0e}"}
+        for line, result in zip(lines, found):
+            yield line | {"error": f"{kernels.largest_error(result, found[0]):.0e}"}
 
 
 # ---- the script
@@ -248,7 +241,7 @@ def numbers(text):
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument_group("job").add_mutually_exclusive_group().add_argument
-    add("--against", metavar="FOLDER", help="texts of a Llama, here and in transformers")
+    add("--against", metavar="FOLDER", help="a Llama's texts, here and in transformers")
     add("--ceiling", action="store_true", help="what bytes allow; runs nothing")
     add("--kernels", action="store_true", help="selective scans, with gradients")
     add = parser.add_argument_group("sizes").add_argument
@@ -286,7 +279,7 @@ def main(argv=None):
     if args.against:
         lines = bench_against(args.against, *sizes, *where)
     elif args.kernels:
-        lines = bench_kernels(shape, args.batch, args.prompt, *where)
+        lines = bench_kernels(shape, *sizes[:2], *where)
     else:
         lines = bench_decoding(shape, *sizes, *where)
     os.makedirs(args.out, exist_ok=True)

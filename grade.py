@@ -6,9 +6,9 @@
 Reads   out/<name>/samples.jsonl and samples.json (sample.py), scores.jsonl (score.py)
 Writes  out/results.json, for plot.py, and prints it as a table
 
-*Coverage* with k samples is the share of problems of which at least one of k samples is right
-(pass@k). *Accuracy* is the share of which the one answer chosen from k samples is right: by
-majority, or by a vote weighted with a judge's scores. A *round* is one sample of every problem.
+*Coverage* with k samples (pass@k) is the share of problems of which at least one of k is right.
+*Accuracy* is the share of which the one answer chosen from k is right: by majority, or by a vote
+weighted with a judge's scores. A *round* is one sample of every problem.
 """
 import functools
 import itertools
@@ -21,34 +21,30 @@ from tqdm import tqdm
 from common import Parser, crc, folder_name, number, read_json, read_jsonl, run, write_json
 from verdict import extract_answer, groups, is_correct
 
-RULES = dict(coverage=["seconds"], majority=["seconds"], best_of_n=["seconds", "scored"],
-             weighted=["seconds", "scored"])  # what takes time: sampling, a judge's scoring
+SCORED = "best_of_n", "weighted"  # rules that take the time of a judge's scoring, too
 
 
 # ---- votes
 def leaders(ids, weights):
-    """The id that leads after each sample, by the sum of weights so far: a list.
-
-    An id is an answer, -1 for none (see verdict.groups). Ties go to the earliest.
-    """
-    totals, leader, found = {}, -1, []
+    """The id that leads after each sample, by the sum of weights so far: a list. An id is an
+    answer, -1 for none (see verdict.groups). Ties go to the earliest."""
+    totals, leader, found = {-1: -np.inf}, -1, []
     for i, weight in zip(ids, weights, strict=True):
-        if i >= 0:
-            totals[i] = totals.get(i, 0) + weight
-            if leader < 0 or totals[i] >= totals[leader]:  # or it led and has lost weight
-                leader = max(totals, key=totals.get)  # the first of equals: dicts keep their order
+        totals[i] = totals.get(i, 0) + weight
+        if totals[i] >= totals[leader]:  # also if it led and has lost weight
+            leader = max(totals, key=totals.get)  # the first of equals: dicts keep their order
         found.append(leader)
     return found
 
 
 def alone(answers):
-    """Ids with which every answer stands for itself: the best score wins."""
+    """Ids with which every answer stands for itself."""
     return [-1 if answer is None else place for place, answer in enumerate(answers)]
 
 
 def weighted_vote(answers, scores, group=groups):
     """The answer with the largest sum of scores, as it was first spelled; None if nobody answered.
-    Answers that mean the same count together; ties go to the earliest."""
+    Ties go to the earliest."""
     ids = group(answers)
     winner = leaders(ids, scores)[-1] if ids else -1
     return answers[ids.index(winner)] if winner >= 0 else None
@@ -71,19 +67,19 @@ def pass_at_k(n, c, k):
     1 - C(n-c, k) / C(n, k) of Chen et al. 2021 (arXiv 2107.03374), as a product: no overflow.
     """
     if not (0 <= c <= n and 1 <= k <= n):
-        raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
+        raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, got {n=}, {c=}, {k=}")
     return 1.0 if n - c < k else 1 - float(np.prod(1 - k / np.arange(n - c + 1, n + 1)))
 
 
 def vote_at_k(ids, right, weights):
     """Chance that the vote among k samples of a problem is right, for k = 1, ..., n: (n,).
 
-    The mean over runs of k consecutive samples, as all are drawn alike. Runs of up to 16 begin at
-    every sample, of up to 32 at every second, of up to 64 at every fourth, and so on.
+    The mean over runs of k consecutive samples, which begin at every sample for k up to 16, at
+    every second up to 32, at every fourth up to 64, and so on.
     """
     n = len(ids)
     hits, runs = np.zeros((2, n))
-    is_right = dict(zip(ids, right)) | {-1: False}  # {id: bool}
+    is_right = dict(zip(ids, right))
     for start in range(n):
         end = start + 16 * (start & -start) if start else n  # x & -x: the power of two in x
         votes = [is_right[i] for i in leaders(ids[start:end], weights[start:end])]
@@ -108,7 +104,7 @@ def chances(records):
 @functools.cache
 def resamples(count, seed):
     """1,000 random samples of `count` problems, as the share that each has: (1000, count). The same
-    for all models, so that intervals of differences are paired, problem by problem."""
+    for all models, so that intervals of differences are paired."""
     return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), 1000) / count
 
 
@@ -140,8 +136,8 @@ def grade(problems):
     def complete(key):  # (n,) the moments at which every problem had its first k records
         return np.maximum.accumulate([max(r[key] for r in records) for records in zip(*problems)])
     found = [chances(records) for records in tqdm(problems, leave=False, disable=None)]
-    return {rule: Curve(sum(map(complete, RULES[rule])), np.array([c[rule] for c in found]))
-            for rule in found[0]}
+    return {rule: Curve(complete("seconds") + (complete("scored") if rule in SCORED else 0),
+                        np.array([c[rule] for c in found])) for rule in found[0]}
 
 
 def best_rule(curves):
@@ -155,10 +151,9 @@ def best_rule(curves):
 def ahead(teacher, student, seed):
     """Where a student's Curve is ahead of its teacher's: an entry of results.json, leads in points.
 
-    We look when the teacher has just completed a round, the careful choice: just before its next
-    one the student would look best. Rounds that it completes within 1% of that time count too: the
-    first rows of a large batch end almost together. The interval knows nothing of our picking the
-    best moment.
+    We look when the teacher has just completed a round: just before, the student would look best.
+    Its rounds within 1% of that time count too: the first rows of a batch end almost together.
+    The interval knows nothing of our picking the best moment.
     """
     moments = teacher.seconds  # (M,)
     leads = 100 * (student.at(moments) - teacher.at(1.01 * moments))  # (P, M)
@@ -166,7 +161,7 @@ def ahead(teacher, student, seed):
     edges = np.flatnonzero(np.diff([0, *(means > 1e-9), 0])).reshape(-1, 2)  # first, last + 1
     best = means.argmax()
     speeds = [teacher.when(value) / (student.when(value) or np.inf)
-              for value in np.unique(teacher.values.mean(0)) if value > 0]
+              for value in teacher.values.mean(0) if value > 0]
     speeds = [speed for speed in speeds if speed > 0]  # to the values that both reach
     return dict(budgets=moments[edges - [0, 1]].tolist(), seconds=float(moments[best]),
                 times_as_fast=[min(speeds), max(speeds)] if speeds else None,
@@ -196,26 +191,25 @@ def in_words(entry):
         return "nowhere: it completes no round in that time"
     where, speed = "nowhere", "never"
     if entry["budgets"]:  # the longest stretch of them
-        where = "from {:.1f} to {:.1f} s".format(*max(entry["budgets"], key=lambda b: b[1] - b[0]))
+        where = "from {:.1f} to {:.1f} s".format(*max(entry["budgets"], key=np.ptp))
     if entry["times_as_fast"]:
         speed = "{:.1f} to {:.1f} times as fast".format(*entry["times_as_fast"])
-    return ("{}, at best {best_lead:+.1f} [{best_lead_low:+.1f}, {best_lead_high:+.1f}] points at "
-            "{seconds:.1f} s (equally good {})").format(where, speed, **entry)
+    best = "at best {best_lead:+.1f} [{best_lead_low:+.1f}, {best_lead_high:+.1f}] points"
+    return f"{where}, {best.format(**entry)} at {entry['seconds']:.1f} s (equally good {speed})"
 
 
 def report(results):
     """The results as Markdown: a sentence for each student, then one table over time budgets."""
-    parts = ["**{}** is ahead of {} in coverage {}; in accuracy {}.".format(
+    words = ["**{}** is ahead of {} in coverage {}; in accuracy {}.\n\n".format(
         name, m["teacher"], *map(in_words, m["ahead"].values()))
         for name, m in results["models"].items() if "ahead" in m]
-    parts.append("Coverage [95% interval] / accuracy in percent by seconds of sampling, and by how "
-                 "many points the best student covers more than its teacher.")
-    rows = [["seconds", *results["front"]["coverage"][-1]["models"], "best", "lead"]]
+    names = list(results["front"]["coverage"][-1]["models"])
+    rows = [["seconds", *names, "best", "lead"]]
     for cover, choice in zip(*results["front"].values()):
-        cells = dict.fromkeys(rows[0][1:-2], "-")
+        cells = dict.fromkeys(names, "-")
         for name, found in cover["models"].items():
-            cells[name] = "{value:.1f} [{value_low:.1f}, {value_high:.1f}] / {:.1f}".format(
-                100 * choice["models"][name]["value"], **{key: 100 * x for key, x in found.items()})
+            values = *found.values(), choice["models"][name]["value"]
+            cells[name] = "{:.1f} [{:.1f}, {:.1f}] / {:.1f}".format(*(100 * x for x in values))
         lead = "{student} {student_lead:+.1f} [{student_lead_low:+.1f}, {student_lead_high:+.1f}]"
         rows.append([f"{cover['seconds']:.4g}", *cells.values(),
                      f"{cover['model']} / {choice['model']}",
@@ -223,44 +217,31 @@ def report(results):
     widths = [max(map(len, column)) for column in zip(*rows)]  # reads well in a terminal too
     rows.insert(1, ["-" * (width - 1) + ":" for width in widths])
     table = [f"| {' | '.join(map(str.rjust, row, widths))} |" for row in rows]
-    return "\n\n".join([*parts, "\n".join(table)])
+    return "".join(words) + (
+        "Coverage [95% interval] / accuracy in percent by seconds of sampling, and by how many "
+        "points the best student covers more than its teacher.\n\n") + "\n".join(table)
 
 
 def read_records(path, **fields):
-    """{(problem, sample): record} of a .jsonl file."""
-    found, fields = {}, fields | dict(problem=int, sample=int, seconds=float)
-    for r in read_jsonl(path, fields, torn=True):
-        p, s = r["problem"], r["sample"]
-        if (p, s) in found or r["seconds"] < 0:
-            raise ValueError(f"{path}: problem {p}, sample {s} comes twice or has negative "
-                             f"seconds: delete that line")
+    """{(problem, sample): record} and {problem: (question, gold)} of a .jsonl file."""
+    found, asked = {}, {}
+    for r in read_jsonl(path, dict(problem=int, sample=int, seconds=float, **fields), torn=True):
+        p, s, question = r["problem"], r["sample"], (r.get("question"), r.get("gold"))
+        if (p, s) in found or r["seconds"] < 0 or asked.setdefault(p, question) != question:
+            raise ValueError(f"{path}: problem {p}, sample {s} comes twice, has negative seconds, "
+                             f"or another question or gold than before: delete that line")
         found[p, s] = r
-    return found
+    return found, asked
 
 
-def read_rounds(path):
-    """P lists of a problem's n records, which make complete rounds; tokens per second."""
-    found = read_records(path, question=str, gold=str, completion=str, num_tokens=int)
-    problems = range(max((p + 1 for p, _ in found), default=1))
-    n = 0
-    while all((p, n) in found for p in problems):
-        n += 1
-    if not n:
-        raise ValueError(f"{path} has no complete round, one sample of each problem: "
-                         f"run python sample.py, with more --seconds")
-    last = max(r["seconds"] for r in found.values())
-    speed = sum(r["num_tokens"] for r in found.values()) / last if last else None
-    return [[found[p, s] for s in range(n)] for p in problems], speed
-
-
-def add_scores(path, problems):
+def add_scores(found, path):
     """Give records a judge's `score`, and `scored`: its seconds since scoring began."""
-    found = read_records(path, score=float, crc=str)
-    for r in itertools.chain(*problems):
-        score = found.get((r["problem"], r["sample"]))
-        if not score or score["crc"] != crc(r["completion"]):
-            raise ValueError(f"{path} has no score of problem {r['problem']}, sample {r['sample']}"
-                             f", or one of another text: run python score.py, or delete that file")
+    scores, _ = read_records(path, score=float, crc=str)
+    for (p, s), r in found.items():
+        score = scores.get((p, s), {})
+        if score.get("crc") != crc(r["completion"]):
+            raise ValueError(f"{path} has no score of problem {p}, sample {s}, or one of another "
+                             f"text: run python score.py, or delete that file")
         r |= dict(score=score["score"], scored=score["seconds"])
 
 
@@ -272,20 +253,27 @@ def in_order(names):
 
 
 def read_model(folder, scores, seed):
-    """A model's entry of results.json, its {rule: Curve}, its questions and golds."""
-    problems, speed = read_rounds(folder / "samples.jsonl")
+    """A model's entry of results.json, its Curves of coverage and accuracy, its questions."""
+    path = folder / "samples.jsonl"
+    found, asked = read_records(path, question=str, gold=str, completion=str, num_tokens=int)
+    problems = range(max(asked, default=0) + 1)
+    n = next(n for n in itertools.count() if any((p, n) not in found for p in problems))
+    if not n:
+        raise ValueError(f"{path} has no complete round, one sample of each problem: "
+                         f"run python sample.py, with more --seconds")
     if scores:
-        add_scores(folder / scores, problems)
-    known, curves, n = folder / "samples.json", grade(problems), len(problems[0])
-    rounds = np.array([2 ** i - 1 for i in range(n.bit_length()) if 2 ** i < n] + [n - 1])
-    entry = dict(params=read_json(known).get("params") if known.exists() else None,
-                 tokens_per_second=speed, k=(rounds + 1).tolist(),
-                 seconds=curves["coverage"].seconds[rounds].tolist())
-    if scores:
-        entry["seconds_scored"] = curves["weighted"].seconds[rounds].tolist()
+        add_scores(found, folder / scores)
+    curves = grade([[found[p, s] for s in range(n)] for p in problems])
+    k = np.unique([*2 ** np.arange(n.bit_length()), n])  # 1, 2, 4, ... and n
+    tokens, seconds = zip(*((r["num_tokens"], r["seconds"]) for r in found.values()))
+    entry = dict(params=read_json(folder / "samples.json").get("params"),
+                 tokens_per_second=sum(tokens) / max(seconds) if max(seconds) else None,
+                 k=k.tolist())
     for rule, curve in curves.items():
-        entry |= with_interval(rule, curve.values[:, rounds], seed)
-    return entry, curves, [(records[0]["question"], records[0]["gold"]) for records in problems]
+        entry["seconds_scored" if rule in SCORED else "seconds"] = curve.seconds[k - 1].tolist()
+        entry |= with_interval(rule, curve.values[:, k - 1], seed)
+    choices = [curves[rule] for rule in ("majority", "weighted") if rule in curves]
+    return entry, best_rule([curves["coverage"]]), best_rule(choices), asked
 
 
 def main(argv=None):
@@ -299,33 +287,31 @@ def main(argv=None):
         "default: scores.jsonl if all have it")
     add("--seed", type=number(0), default=0, help="of the bootstrap")
     args = parser.parse_args(argv)
-    out, seed, models, curves, asked = args.out, args.seed, {}, {}, {}
+    out, seed, models, coverage, accuracy, asked = args.out, args.seed, {}, {}, {}, {}
     everyone = {path.parent.name for path in out.glob("*/samples.jsonl")}
     names = in_order({*(args.model or everyone), args.teacher} - {None})
     if not names:
         raise ValueError(f"no samples under {out}/: run python sample.py, or name another --out")
     judged = all((out / name / "scores.jsonl").exists() for name in names)
-    scores, first = args.scores or "scores.jsonl" * judged, args.teacher or names[0]
     for name in names:
-        models[name], curves[name], asked[name] = read_model(out / name, scores, seed)
-    for name in [name for name in names if asked[name] != asked[first]]:
-        print(f"{name} was sampled on other problems than {first}: not compared")
-        del curves[name]
-    rules = dict(coverage=["coverage"], accuracy=["majority", "weighted"][:1 + bool(scores)])
-    clocks = {kind: {name: best_rule([found[rule] for rule in rules[kind]])
-                     for name, found in curves.items()} for kind in rules}
-    for name in curves:
-        small = name.endswith("-small") and "teacher-small" in curves
+        models[name], coverage[name], accuracy[name], asked[name] = read_model(
+            out / name, args.scores or judged and "scores.jsonl", seed)
+        if asked[name] != asked[names[0]]:
+            raise ValueError(f"{name} was sampled on other problems than {names[0]}: "
+                             f"say by --model which to compare")
+    teachers, kinds = {}, dict(coverage=coverage, accuracy=accuracy)
+    for name in names:
+        small = name.endswith("-small") and "teacher-small" in names
         teacher = args.teacher or ("teacher-small" if small else "teacher")
-        if teacher in curves and teacher != name:
+        if teacher in names and teacher != name:
+            teachers[name] = teacher
             models[name] |= dict(teacher=teacher, ahead={
-                kind: ahead(clock[teacher], clock[name], seed) for kind, clock in clocks.items()})
-    teachers = {name: m["teacher"] for name, m in models.items() if "teacher" in m}
-    moments = np.concatenate([curve.seconds for curve in clocks["coverage"].values()]).tolist()
+                kind: ahead(curves[teacher], curves[name], seed) for kind, curves in kinds.items()})
+    moments = np.concatenate([curve.seconds for curve in coverage.values()]).tolist()
     budgets = [digit * 10 ** power for power in range(9) for digit in (1, 2, 5)]
     budgets = [b for b in budgets if min(moments) <= b < max(moments)] + [max(moments)]
     results = dict(models=models, front={
-        kind: front(clock, teachers, budgets, seed) for kind, clock in clocks.items()})
+        kind: front(curves, teachers, budgets, seed) for kind, curves in kinds.items()})
     write_json(out / "results.json", results)
     print(f"{report(results)}\n\nwrote {out / 'results.json'}")
 

@@ -4,9 +4,12 @@
 
 Reads   out/results.json (grade.py), out/<name>/metrics.jsonl and matrices.npz (distill.py)
 Writes  out/coverage.png, accuracy.png, front.png, results.md; training.png; matrices.png
+        (those whose sources are there)
 """
+import contextlib
 import functools
 import itertools
+import json
 from pathlib import Path
 
 import matplotlib
@@ -54,9 +57,7 @@ def log_axis(axis, label):
 # ---- curves
 def draw_rules(models, look, title, rules):
     """What models reach against seconds (left) and samples (right), with bands of 95% intervals.
-
-    Of several rules each is a line style; those with scores take the time of scoring, too.
-    """
+    Of several rules each is a line style; those with scores take the time of scoring, too."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True)
     rules = [rule for rule in rules if all(rule in m for m in models.values())]
     dashes = {rule: dict(linestyle=RULES[rule]) for rule in rules if rules[1:]}
@@ -126,7 +127,7 @@ def draw_front(fronts, look):
     for ax, (kind, rows) in zip(axes, fronts.items()):
         for name in rows[-1]["models"]:
             there = [row for row in rows if name in row["models"]]
-            seconds = [max(row["seconds"], 1e-3) for row in there]
+            seconds = np.maximum([row["seconds"] for row in there], 1e-3)
             percent = [100 * row["models"][name]["value"] for row in there]
             best = [row["model"] == name for row in there]
             ax.plot(seconds, percent, label=name, **look[name])
@@ -159,17 +160,14 @@ def draw_training(logs, look):
     return fig
 
 
-def read_results(path):
-    """results.json, {} without one. ValueError if it is not of grade.py."""
-    if not path.exists():
-        return {}
-    results = read_json(path)
+@contextlib.contextmanager
+def written_by(script, path):
+    """Whatever goes wrong with the content of a file becomes an error that names the file."""
     try:
-        report(results)  # uses most of what we draw
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} was not written by this grade.py ({error!r}): "
-                         f"run python grade.py again") from None
-    return results
+        yield
+    except Exception as error:  # numpy and matplotlib have many
+        raise ValueError(f"{path} was not written by this {script} ({error!r}): "
+                         f"run python {script} again") from None
 
 
 def read_log(path):
@@ -187,28 +185,35 @@ def read_matrices(path):
     """What draw_matrices needs: L tokens, a layer, {moment: (heads, L, L)}; {} without a file."""
     if not path.exists():
         return {}
-    try:
-        with np.load(path) as file:  # without pickles: a file is data, not code
-            length, layer = len(file["tokens"]), int(file["layer"])
-            return dict(tokens=file["tokens"], layer=layer, **{
-                moment: file[moment].astype(np.float64).reshape(-1, length, length)
-                for moment in MOMENTS if moment in file or moment == "teacher"})
-    except Exception as error:  # numpy has many for a damaged file
-        raise ValueError(f"{path} is not a matrices.npz of distill.py: {error!r}") from None
+    with written_by("distill.py", path), np.load(path) as file:  # no pickles, which can hold code
+        length, layer = len(file["tokens"]), int(file["layer"])
+        return dict(tokens=file["tokens"], layer=layer, **{
+            moment: file[moment].astype(np.float64).reshape(-1, length, length)
+            for moment in MOMENTS if moment in file or moment == "teacher"})
 
 
-def figures(results, logs, matrices):
-    """Yield (file name, figure) of all that there is to draw."""
-    models = results.get("models", {})
-    look = styles(in_order({*logs, *matrices, *models}))
-    if results:
-        yield "coverage", draw_rules(models, look, "Coverage", ["coverage"])
-        yield "accuracy", draw_rules(models, look, "Accuracy", RULES)
-        yield "front", draw_front(results["front"], look)
+def figures(out):
+    """Yield (file name, figure or text) of all that there is to draw under `out`."""
+    path, names = out / "results.json", in_order(folder.name for folder in out.glob("*/"))
+    results = read_json(path) if path.exists() else {}
+    logs = {name: log for name in names if (log := read_log(out / name / "metrics.jsonl"))}
+    matrices = {name: m for name in names if (m := read_matrices(out / name / "matrices.npz"))}
+    if not (results or logs or matrices):
+        raise ValueError(f"nothing to draw under {out}/: run python distill.py, sample.py "
+                         f"and grade.py first, or name another --out")
+    with written_by("grade.py", path):
+        json.dumps(results, allow_nan=False)  # 1e999 was read as infinity
+        models = results["models"] if results else {}
+        look = styles(in_order({*logs, *matrices, *models}))
+        drawn = results and {"coverage.png": draw_rules(models, look, "Coverage", ["coverage"]),
+                             "accuracy.png": draw_rules(models, look, "Accuracy", RULES),
+                             "front.png": draw_front(results["front"], look),
+                             "results.md": report(results) + "\n"}
+    yield from drawn.items()
     if logs:
-        yield "training", draw_training(logs, look)
+        yield "training.png", draw_training(logs, look)
     for i, name in enumerate(matrices):
-        yield f"matrices-{name}" if i else "matrices", draw_matrices(name, matrices[name])
+        yield f"matrices{f'-{name}' if i else ''}.png", draw_matrices(name, matrices[name])
 
 
 def main(argv=None):
@@ -216,26 +221,15 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default="out", help="folder of models and figures")
     parser.add_argument("--dpi", type=number(20, 600), default=150, help="pixels per inch")
     args = parser.parse_args(argv)
-    out, results = args.out, read_results(args.out / "results.json")
-    names = in_order(path.name for path in out.glob("*/"))
-    logs = {name: log for name in names if (log := read_log(out / name / "metrics.jsonl"))}
-    matrices = {name: m for name in names if (m := read_matrices(out / name / "matrices.npz"))}
-    if not (results or logs or matrices):
-        raise ValueError(f"nothing to draw under {out}/: run python distill.py, sample.py "
-                         f"and grade.py first, or name another --out")
-    for found, source in ((results, "results.json of grade.py"), (
-            logs, "metrics.jsonl of distill.py"), (matrices, "matrices.npz of distill.py")):
-        if not found:
-            print(f"no {source} under {out}/: its figures are left out")
     with plt.rc_context(STYLE):
-        for name, fig in figures(results, logs, matrices):
-            write = functools.partial(fig.savefig, format="png", dpi=args.dpi)
-            replace_file(out / f"{name}.png", write)
-            plt.close(fig)
-            print(f"wrote {out / name}.png")
-    if results:
-        write_bytes(out / "results.md", (report(results) + "\n").encode())
-        print(f"wrote {out / 'results.md'}")
+        for name, drawn in figures(args.out):
+            if isinstance(drawn, str):
+                write_bytes(args.out / name, drawn.encode())
+            else:
+                write = functools.partial(drawn.savefig, format="png", dpi=args.dpi)
+                replace_file(args.out / name, write)
+                plt.close(drawn)
+            print(f"wrote {args.out / name}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 r"""One answer: extracting it from a completion, whether it is right, and which answers are one.
 
 An answer is turned into its *readings*, texts that are equal where values are. It has several if
-people mean several things by it: 15% is 15% and 0.15 and 15; "x = 5" is an equation and 5. Plain
-numbers become fractions. For the rest math-verify's grammar (latex2sympy2_extended) turns LaTeX
-into sympy objects. Its own verify() rounds at 6 decimals, takes X for x and ab for BA, and compares
-pairs, where a vote needs one form per answer.
+people mean several things by it: 15% is 15% and 0.15 and 15; "x = 5" is an equation and 5. For what
+is no plain number math-verify's grammar (latex2sympy2_extended) turns LaTeX into sympy objects. Its
+own verify() rounds at 6 decimals, takes X for x and ab for BA, and compares pairs, where a vote
+needs one form per answer.
 """
 import atexit
 import contextlib
@@ -18,7 +18,7 @@ import sys
 import threading
 import zlib
 from fractions import Fraction
-from multiprocessing.connection import Connection, Pipe
+from multiprocessing.connection import wait
 
 LONGEST = 300  # characters of an answer that is read; longer ones are compared as they are
 CPU_SECONDS, MEMORY = 1, 4 << 30  # limits of reading one answer; the latter in bytes
@@ -114,13 +114,6 @@ SPELLINGS = [(re.compile(pattern), new) for pattern, new in [
 ]]
 
 
-def spell(answer):
-    """The answer in one spelling, without units, currencies and layout."""
-    for pattern, new in SPELLINGS:
-        answer = pattern.sub(new, answer)
-    return answer.strip()
-
-
 # ---- expressions, in a process of their own, which imports sympy and the grammar
 def listing(forms):
     """The form of a list whose order does not count."""
@@ -136,8 +129,8 @@ def value_at(tree, k):
 
 
 def scalar(tree):
-    """The form of a formula: exact if it is a rational number or a name, else 12 digits of it, at
-    two points if it has variables: formulas that agree there are equal in all likelihood."""
+    """The form of a formula: exact if it is rational or a name, else 12 digits, at two points if it
+    has variables: formulas that agree there are equal in all likelihood."""
     exact = {number: sympy.Rational(str(number)) for number in tree.atoms(sympy.Float)}
     exact |= {symbol: sympy.I for symbol in tree.free_symbols if symbol.name == "i"}
     tree = tree.xreplace(exact).doit()
@@ -188,10 +181,9 @@ def expression_readings(text):
     """The readings of LaTeX: of `x = 5` also 5, of a list the tuple, of a number its roundings."""
     latex = grammar.normalize_latex(
         text, grammar.NormalizationConfig(malformed_operators=True, boxed="none"))
-    tree = grammar.latex2sympy(
+    name, value = named(grammar.latex2sympy(
         latex, is_real=True, normalization_config=None,
-        conversion_config=grammar.ConversionConfig(lowercase_symbols=False))
-    name, value = named(tree)
+        conversion_config=grammar.ConversionConfig(lowercase_symbols=False)))
     found = [form(value)]
     if isinstance(value, grammar.FiniteSet):
         values = [form(named(part)[1]) for part in value._unsorted_args]  # in the order written
@@ -203,77 +195,71 @@ def expression_readings(text):
 
 
 # ---- their process: sympy would compute 9^{9^{9^9}} for ever
-_child, _lock = None, threading.Lock()  # the process and our end of the pipe to it
+_child, _lock = None, threading.Lock()
 
 
-def serve(pipe, cpu_seconds):
-    """The life of the process: receives texts and sends their readings, until the pipe ends."""
+def serve(cpu_seconds):
+    """The life of the process: reads texts and writes their readings, a line of JSON for each."""
     global sympy, grammar
     import resource
     import sympy
     from latex2sympy2_extended import latex2sympy2 as grammar
     with contextlib.suppress(ValueError):  # macOS knows no such limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    pipe, found = Connection(pipe), "ready"
-    with contextlib.suppress(EOFError):
-        while True:
-            pipe.send_bytes(json.dumps(found).encode())
-            text = json.loads(pipe.recv_bytes())
-            signal.setitimer(signal.ITIMER_PROF, cpu_seconds)  # unhandled, SIGPROF ends the process
-            try:
-                found = expression_readings(text)
-            except Exception:  # whatever sympy makes of nonsense; no memory; too deep a recursion
-                found = []
-            signal.setitimer(signal.ITIMER_PROF, 0)
+    answers, sys.stdout = sys.stdout, sys.stderr  # where others may print
+    print('"ready"', file=answers, flush=True)
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)  # unhandled, SIGPROF ends the process
+        try:
+            found = expression_readings(json.loads(line))
+        except Exception:  # whatever sympy makes of nonsense; no memory; too deep a recursion
+            found = []
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps(found), file=answers, flush=True)
 
 
 def start_child():
-    """(process, pipe) that runs serve() and is ready. ValueError if math-verify isn't installed."""
-    pipe, theirs = Pipe()
-    code = f"import verdict; verdict.serve({theirs.fileno()}, {CPU_SECONDS})"
-    with theirs:
-        process = subprocess.Popen(
-            [sys.executable, "-c", code], cwd=os.path.dirname(os.path.abspath(__file__)),
-            pass_fds=[theirs.fileno()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    if receive(pipe, 100) != "ready":
-        end_child(process, pipe)
+    """A process that runs serve() and is ready. ValueError if math-verify isn't installed."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", f"import verdict; verdict.serve({CPU_SECONDS})"],
+        cwd=os.path.dirname(__file__), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL)
+    if receive(child, 100) != "ready":
+        end_child(child)
         raise ValueError("math-verify, which reads LaTeX answers, does not start: "
                          "pip install -r requirements.txt")
-    return process, pipe
+    return child
 
 
-def receive(pipe, seconds):
-    """The next message from a pipe; None if it ends or the time is over."""
-    with contextlib.suppress(OSError, EOFError):
-        return json.loads(pipe.recv_bytes()) if pipe.poll(seconds) else None
+def receive(child, seconds):
+    """The next message of a process; None if it ends or the time is over."""
+    with contextlib.suppress(ValueError):
+        return json.loads(child.stdout.readline()) if wait([child.stdout], seconds) else None
 
 
-def end_child(process, pipe):
-    process.kill()
-    process.wait()
-    pipe.close()
+def end_child(child):
+    child.kill()
+    child.communicate()  # closes the pipes
 
 
-@atexit.register
-def end_last_child():
-    if _child:
-        end_child(*_child)
+atexit.register(lambda: _child and end_child(_child))
 
 
 def ask(text):
     """The readings of LaTeX by the process; [] if it cannot tell within its limits, in two tries:
-    somebody may have stopped the first process, or a busy machine slowed it down."""
+    somebody may have stopped the first process."""
     global _child
     with _lock:
         for _ in range(2):
             child, _child = _child or start_child(), None  # None if we are interrupted
             with contextlib.suppress(OSError):
-                child[1].send_bytes(json.dumps(text).encode())
-            found = receive(child[1], 10 * CPU_SECONDS)
+                child.stdin.write(json.dumps(text).encode() + b"\n")
+                child.stdin.flush()
+            found = receive(child, 10 * CPU_SECONDS)
             if found is not None:
                 _child = child
                 return found
-            end_child(*child)
+            end_child(child)
         return []
 
 
@@ -289,7 +275,10 @@ PRODUCT = re.compile(r"(?:[abcdf-hj-np-tv-z]{1,3}[ -]?)+")  # abc; words have ot
 @functools.lru_cache(maxsize=1 << 20)
 def readings(answer):
     """What an answer may mean, the most literal first: a list of texts, [] if it says nothing."""
-    text = answer.strip() if len(answer) > LONGEST else spell(answer)
+    text = answer
+    for pattern, new in SPELLINGS if len(answer) <= LONGEST else ():
+        text = pattern.sub(new, text)
+    text = text.strip()
     if not text or len(text) > LONGEST:
         return [text] if text else []
     plain = re.sub("[ ,]", "", text) if GROUPED.fullmatch(text) else text
@@ -330,8 +319,7 @@ def groups(answers):
         known = [possible[r] for r in found[:1] if r in possible]
         known += [literal[r] for r in found if r in literal]
         if found and not known:
-            known = [len(literal)]
-            literal[found[0]] = known[0]
+            known = [literal.setdefault(found[0], len(literal))]
             for reading in found:
                 possible.setdefault(reading, known[0])  # the earlier group wins
         numbers.append(min(known, default=-1))

@@ -28,7 +28,7 @@ def fresh(monkeypatch):
     monkeypatch.setattr(verdict, "_child", None)
     yield
     if verdict._child:
-        verdict.end_child(*verdict._child)
+        verdict.end_child(verdict._child)
     verdict.readings.cache_clear()
 
 
@@ -124,8 +124,8 @@ def test_a_million_characters_are_read_in_one_pass(text):
 def test_the_limit_is_of_cpu_time(fresh, monkeypatch):
     """The parent's own clock, here set to a minute, has nothing to do with it."""
     ended, end, receive = [], verdict.end_child, verdict.receive
-    monkeypatch.setattr(verdict, "end_child", lambda *child: end(*child) or ended.append(child[0]))
-    monkeypatch.setattr(verdict, "receive", lambda pipe, seconds: receive(pipe, 60))
+    monkeypatch.setattr(verdict, "end_child", lambda child: end(child) or ended.append(child))
+    monkeypatch.setattr(verdict, "receive", lambda child, seconds: receive(child, 60))
     monkeypatch.setattr(verdict, "CPU_SECONDS", 0.2)
     assert not is_correct("10^{10^{10}}", "1")
     assert [process.returncode for process in ended] == [-signal.SIGPROF] * 2
@@ -146,14 +146,14 @@ def test_a_killed_or_stopped_process_is_replaced(sent, fresh, monkeypatch):
     blame: it is asked again."""
     monkeypatch.setattr(verdict, "CPU_SECONDS", 0.3)
     assert is_correct("\\frac{1}{4}", "0.25")
-    os.kill((first := verdict._child[0]).pid, sent)
+    os.kill((first := verdict._child).pid, sent)
     assert is_correct("\\frac{3}{4}", "0.75") and first.returncode == -signal.SIGKILL
 
 
 def test_importing_is_light_and_the_process_ends_with_its_parent():
     """Even if the parent is killed: nothing is left behind that eats memory."""
     code = ("import os, sys, verdict; assert not {'torch', 'numpy', 'sympy'} & set(sys.modules); "
-            "verdict.ask('x+1'); print(verdict._child[0].pid, flush=True); os.kill(os.getpid(), 9)")
+            "verdict.ask('x+1'); print(verdict._child.pid, flush=True); os.kill(os.getpid(), 9)")
     parent = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     state = Path(f"/proc/{int(parent.stdout)}/stat")
 
@@ -168,7 +168,7 @@ def test_importing_is_light_and_the_process_ends_with_its_parent():
 @pytest.mark.skipif(not os.path.exists("/proc/self/limits"), reason="needs /proc")
 def test_the_process_has_a_limit_of_memory(fresh):
     assert verdict.ask("x+1")
-    limits = Path(f"/proc/{verdict._child[0].pid}/limits").read_text()
+    limits = Path(f"/proc/{verdict._child.pid}/limits").read_text()
     assert re.search(rf"^Max address space +{verdict.MEMORY} ", limits, re.MULTILINE)
 
 
