@@ -266,7 +266,8 @@ def read_model(folder, scores, seed):
     curves = grade([[found[p, s] for s in range(n)] for p in problems])
     k = np.unique([*2 ** np.arange(n.bit_length()), n])  # 1, 2, 4, ... and n
     tokens, seconds = zip(*((r["num_tokens"], r["seconds"]) for r in found.values()))
-    entry = dict(params=read_json(folder / "samples.json").get("params"),
+    beside = folder / "samples.json"
+    entry = dict(params=read_json(beside).get("params") if beside.exists() else None,
                  tokens_per_second=sum(tokens) / max(seconds) if max(seconds) else None,
                  k=k.tolist())
     for rule, curve in curves.items():
@@ -297,13 +298,13 @@ def main(argv=None):
         models[name], coverage[name], accuracy[name], asked[name] = read_model(
             out / name, args.scores or judged and "scores.jsonl", seed)
         if asked[name] != asked[names[0]]:
-            raise ValueError(f"{name} was sampled on other problems than {names[0]}: "
-                             f"say by --model which to compare")
+            print(f"{name} was sampled on other problems than {names[0]}: not compared")
+            del coverage[name], accuracy[name]
     teachers, kinds = {}, dict(coverage=coverage, accuracy=accuracy)
-    for name in names:
-        small = name.endswith("-small") and "teacher-small" in names
+    for name in coverage:
+        small = name.endswith("-small") and "teacher-small" in coverage
         teacher = args.teacher or ("teacher-small" if small else "teacher")
-        if teacher in names and teacher != name:
+        if teacher in coverage and teacher != name:
             teachers[name] = teacher
             models[name] |= dict(teacher=teacher, ahead={
                 kind: ahead(curves[teacher], curves[name], seed) for kind, curves in kinds.items()})
