@@ -90,15 +90,18 @@ def test_tokens_are_chosen_by_temperature_then_top_k_then_top_p():
 
 def test_ties_zero_temperature_and_rows_of_nan():
     """Of two tokens of 0.5 each, the first alone has the mass of top_p = 0.5; top_k keeps ties.
-    Rows are chosen for themselves, and one of nan gives a token of the vocabulary."""
+    Rows are chosen for themselves; one with a nan or an infinity gives the token V, which is none.
+    What float32 takes for 0 is greedy."""
     logits = torch.tensor([-torch.inf, 1.0, 1.0, -torch.inf])
     assert frequencies(logits, top_p=0.5).tolist() == [0, 1, 0, 0]
     for settings in dict(top_p=0.500001), dict(top_k=1), dict(top_k=2), dict(top_k=99):
         assert frequencies(logits, **settings).tolist() == [0, 0.5, 0.5, 0]
-    rows, u = torch.stack([logits, 2 * logits.roll(1), logits * torch.nan]), torch.full((3,), 0.99)
-    assert choose_tokens(rows, u, 0)[:2].tolist() == [1, 2]
-    assert choose_tokens(rows, u, 1.0).tolist()[:2] == [2, 3]
-    assert 0 <= choose_tokens(rows, u, 1.0)[2] < 4
+    rows = torch.tensor([[0, 1, 1, 0], [0, 0, 2, 2], [0, torch.nan, 0, 0], [0, 0, torch.inf, 0]])
+    u = torch.full((4,), 0.99)
+    for settings in (0,), (1e-300,), (1.0, 0, 1e-300), (1e-3, 0, 1e-300):
+        assert choose_tokens(rows, u, *settings).tolist() == [1, 2, 4, 4]
+    for settings in (1.0,), (1.0, 2), (1.0, 0, 0.9), (1e-3, 3, 0.9):
+        assert choose_tokens(rows, u, *settings)[1:].tolist() == [3, 4, 4]
 
 
 @pytest.mark.parametrize("u", [0.0, 2.0 ** -23, 0.5, 1 - 2.0 ** -23])
@@ -246,7 +249,8 @@ def test_a_step_moves_nothing_to_or_from_the_host(make_lm, pattern, monkeypatch,
 
 def addresses(batch):
     """Where the tensors of a batch lie, those of its state among them."""
-    tensors = tree_leaves([vars(batch), batch.state.lengths, batch.state.layers])
+    mine = vars(batch) | dict(passes=None)  # no step reads those
+    tensors = tree_leaves([mine, batch.state.lengths, batch.state.layers])
     return [tensor.data_ptr() for tensor in tensors if isinstance(tensor, torch.Tensor)]
 
 
@@ -320,7 +324,7 @@ def test_a_finished_rows_place_is_taken_at_once(hybrid, many, watch, batch_size)
 
 def test_prompts_are_packed_up_to_a_number_of_tokens(hybrid, many, watch, monkeypatch):
     """Padding included; one that is longer runs alone, and one with nothing left to do not."""
-    monkeypatch.setattr(sample.Prompts, "TOKENS", 8)
+    monkeypatch.setattr(sample, "PACK", 8)
     assert texts(hybrid, batch_size=16, **MANY) == many
     assert watch.prefills == [[11], [7], [5], [3, 2]]
     watch.prefills.clear()
@@ -329,13 +333,27 @@ def test_prompts_are_packed_up_to_a_number_of_tokens(hybrid, many, watch, monkey
 
 
 @pytest.mark.parametrize("name, value", [
-    ("num_samples", 0), ("batch_size", 0), ("max_new_tokens", 0), ("temperature", -0.5),
-    ("temperature", float("nan")), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.5)])
-def test_what_cannot_be_is_refused_with_its_value(hybrid, name, value):
-    with pytest.raises(ValueError, match=f"{name} = {value} is out of range"):
-        texts(hybrid, **{name: value})
-    with pytest.raises(ValueError, match="prompt 2 is empty"):
-        texts(hybrid, [[1], [2], []])
+    ("num_samples", 0), ("num_samples", 2.5), ("batch_size", "4"), ("max_new_tokens", 0),
+    ("temperature", -0.5), ("temperature", float("nan")), ("top_k", -1), ("top_p", 0.0),
+    ("top_p", 1.5), ("seed", 0.5), ("seed", -1), ("prompts", ([1] for _ in "ab")), ("prompts", "ab"),
+    *(("prompts", [[1], wrong]) for wrong in ([], "a", 3, [50], [-1], [2.0], [True], iter([1])))],
+    ids=str)
+def test_what_cannot_be_is_refused_at_the_call_by_name(hybrid, name, value):
+    """Not when the first text is asked for. Red if a number is rounded or a generator used up."""
+    with pytest.raises(ValueError, match=f"^{name}.* is no "):
+        generate(hybrid, **dict(prompts=[[1]]) | {name: value})
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_no_text_comes_from_logits_that_are_not_finite(make_lm, temperature):
+    """They are those after token 49, whose embedding is nan; all others end a text."""
+    lm = make_lm(["mamba2", "attention"], tie_embeddings=False)
+    lm.model.embed_tokens.weight[49] = torch.nan
+    found = generate(lm, [[1], [49], [3]], temperature=temperature, batch_size=1,
+                     stop_ids=list(range(49)))
+    assert next(found).finish == "stop"
+    with pytest.raises(ValueError, match="problem 1, sample 0, step 1: the logits are nan"):
+        next(found)
 
 
 # ---- samples.jsonl
@@ -388,7 +406,7 @@ def untimed(folder):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.is_file() and path.read_bytes() for path in folder.iterdir()}
 
 
 def test_a_run_is_recorded_as_documented(sampled, models, task_file):
@@ -412,9 +430,9 @@ def test_a_run_is_recorded_as_documented(sampled, models, task_file):
         "problems", "questions", "weights", "processes", "device", "dtype"}
 
 
-def test_a_run_killed_and_torn_goes_on_and_ends_the_same(sampled, begun, line):
-    """Whole records stay as they are, a torn last line is dropped, the clock goes on; a third run
-    finds nothing to do."""
+def test_a_run_killed_and_torn_goes_on_and_ends_the_same(sampled, begun, line, capsys):
+    """Whole records stay as they are, a torn last line is dropped, the clock goes on; a run with
+    nothing left to do says that it is finished."""
     path, lines = begun / "samples.jsonl", []
     for keep, torn in (7, True), (7, False), (0, True), (19, True), (20, False):
         lines = lines or path.read_bytes().splitlines(keepends=True)
@@ -424,6 +442,7 @@ def test_a_run_killed_and_torn_goes_on_and_ends_the_same(sampled, begun, line):
         assert path.read_bytes().startswith(kept) and untimed(begun) == untimed(sampled)
         seconds = [row["seconds"] for row in records(begun)]
         assert seconds == sorted(seconds) and (keep in (0, 20) or seconds[keep] > seconds[keep - 1])
+        assert capsys.readouterr().out.endswith("finished\n") is (keep == 20)
 
 
 def test_a_run_ended_by_kill_9_goes_on_and_ends_the_same(line, tmp_path):
@@ -455,7 +474,7 @@ def test_seconds_and_samples_end_a_run_and_more_of_them_go_on(sampled, line, tmp
     ticks, folder = itertools.count(), tmp_path / "pure"
     monkeypatch.setattr(sample, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     sample.main(line(tmp_path, "--seconds", "0.5", "--seed", "7"))
-    assert "no sample was finished" in capsys.readouterr().out and records(folder) == []
+    assert "samples.jsonl: 0 samples" in capsys.readouterr().out and records(folder) == []
     for seconds, samples in (13, FIVE), (13, []), (30, []), (99, FIVE):
         sample.main(line(tmp_path, "--seconds", str(seconds), *samples))
         spent = [row["seconds"] for row in records(folder)]
@@ -473,7 +492,7 @@ def test_seconds_and_samples_end_a_run_and_more_of_them_go_on(sampled, line, tmp
     (["--subset-seed", "1"], "problem 0, sample "), (["--model", "TRAINED ANEW"], "weights = "),
     (b'{"problem": 0, "sa\n', "samples.jsonl, line 21"), (b'{"problem": 0}\n', "sample is missing"),
     (dict(sample=9), "problem 0, sample 9 is there twice"), (dict(problem=99), "problem 99, "),
-    (None, "samples.json, the settings of .* is missing")], ids=str)
+    (None, "samples.json, the settings of .* is missing"), ("FOLDER", "samples.jsonl")], ids=str)
 def test_what_is_not_of_this_run_is_refused_by_name_and_nothing_is_touched(
         begun, line, models, tmp_path, options, message):
     """Other settings, or records that are damaged, twice there, or of another problem. Not even a
@@ -484,11 +503,14 @@ def test_what_is_not_of_this_run_is_refused_by_name_and_nothing_is_touched(
         f.write((options if isinstance(options, bytes) else b"") + b'{"problem": 1, "sam')
     if options is None:
         (begun / "samples.json").unlink()
+    if options == "FOLDER":  # where the file should be
+        (begun / "samples.jsonl").unlink()
+        (begun / "samples.jsonl").mkdir()
     anew = str(shutil.copytree(models / "hybrid", tmp_path / "pure"))  # of the same name
     options = [anew if option == "TRAINED ANEW" else option for option in options or []
                if isinstance(options, list)]
     before = contents(begun)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, OSError), match=message):
         sample.main(line(begun.parent, *FIVE, *options))
     assert contents(begun) == before
 
@@ -510,7 +532,8 @@ def test_two_processes_share_the_problems_and_write_what_one_writes(sampled, lin
 
 
 def test_a_model_is_named_by_its_folder(models, sampled, line, tmp_path, monkeypatch):
-    """--model . from inside it, too; without --model all under --out; no two of one name."""
+    """--model . from inside it, too; without --model all under --out. Another of that name does
+    not write into its file."""
     monkeypatch.chdir(models / "pure")
     sample.main(line(tmp_path / "one", *FIVE, "--model", "."))
     assert untimed(tmp_path / "one" / "pure") == untimed(sampled)
@@ -518,8 +541,12 @@ def test_a_model_is_named_by_its_folder(models, sampled, line, tmp_path, monkeyp
     sample.main(line(out, *FIVE)[2:])
     assert untimed(out / "pure") == untimed(sampled) and len(records(out / "hybrid")) == 20
     shutil.copytree(models / "hybrid", tmp_path / "pure")
-    with pytest.raises(ValueError, match="two models are named pure"):
+    with pytest.raises(ValueError, match="weights = "):
         sample.main(line(out, *FIVE, "--model", str(out / "pure"), str(tmp_path / "pure")))
+    (out / "hybrid" / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="model.safetensors"):
+        sample.main(line(tmp_path / "new", "--model", str(out / "hybrid")))
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_prompt_is_put_around_the_question_and_the_model_prepared(line, tmp_path, task_file,
@@ -529,10 +556,10 @@ def test_the_prompt_is_put_around_the_question_and_the_model_prepared(line, tmp_
     seen = {}
     monkeypatch.setattr(sample, "generate", lambda lm, prompts, **settings: seen.update(
         lm=lm, prompts=prompts, **settings) or iter(()))
-    sample.main(line(tmp_path, *"--subset-seed 3 --seconds 50 --temperature 0.4 --top-k 7".split(),
+    sample.main(line(tmp_path, *"--subset-seed 3 --seconds 50 --top-p 1e-300 --top-k 7".split(),
                      "--prompt-file", str(tmp_path / "prompt.txt")))
     tokenizer = load_tokenizer("arithmetic")
     chosen = choose_subset(load_task(task_file, "test"), 4, 3)
     assert seen["prompts"] == [tokenizer.chat(f"Q {p.question} A") for p in chosen]
     assert any(isinstance(module, decode_kernels.Products) for module in seen["lm"].modules())
-    assert (seen["seconds"], seen["temperature"], seen["top_k"]) == (50, 0.4, 7)
+    assert (seen["seconds"], seen["top_p"], seen["top_k"]) == (50, 1e-300, 7)

@@ -125,9 +125,9 @@ def test_batches_are_full_and_every_text_comes_once_and_early():
 
 # ---- runs
 @pytest.mark.parametrize("keep, torn", [(7, True), (7, False), (0, True)])
-def test_a_killed_run_goes_on_and_later_samples_are_scored_too(out, judge, keep, torn):
+def test_a_killed_run_goes_on_and_later_samples_are_scored_too(out, judge, keep, torn, capsys):
     """Cut after some lines, in the middle of one: what is there stays, the rest is scored in other
-    batches, and the clock goes on. A finished run changes nothing."""
+    batches, and the clock goes on. A finished run says so and changes nothing."""
     folder, path = out / "pure", out / "pure" / "scores.jsonl"
     rows = lines(folder, "samples.jsonl")
     run(judge, "--model", "pure", "--to", "all.jsonl")
@@ -141,6 +141,7 @@ def test_a_killed_run_goes_on_and_later_samples_are_scored_too(out, judge, keep,
         run(judge, "--model", "pure")
         assert path.read_bytes().startswith(b"".join(kept[:keep])) and len(lines(folder)) == 20
         assert scores(folder) == pytest.approx(scores(folder, "all.jsonl"), **CLOSE)
+    assert capsys.readouterr().out.splitlines()[-1] == "out/pure/scores.jsonl: 20 scores, finished"
     seconds = [row["seconds"] for row in lines(folder)]
     assert seconds == sorted(seconds) and not (out / "teacher" / "scores.jsonl").exists()
 
@@ -171,10 +172,13 @@ def test_by_default_the_teacher_judges(out, judge):
     ("aggregate = .* there, .* now", "--aggregate min"), ("kind = .* now", "--kind process"),
     ("dtype = .* there, .* now", "--dtype bfloat16"), ("weights = .* now", "minus"),
     ("nowhere", "nowhere"), ('no process reward model.*"-"', "minus --kind process"),
-    ("no samples of other under out/: run python sample.py", "--model other"),
-    ("no samples of pure under empty/", "--out empty"), ("a .jsonl file", "--to scores.json"),
-    ("samples.jsonl, line 1: score is", "--to samples.jsonl"),
-    ("config.json, the settings", "--to config.jsonl"), ("notes.json, the", "--to notes.jsonl"),
+    ("no samples of other under out/: run python sample.py", "--model teacher other"),
+    ("no samples of pure under empty/", "--out empty"),
+    *((f"--to {to}: expected a .jsonl", f"--to {to}") for to in (
+        "samples.jsonl", "config.jsonl", "model.jsonl", "tokenizer.tiktoken.jsonl", "metrics.jsonl",
+        "results.jsonl", "training.jsonl", "scores.json")),
+    ("notes.json, the settings of .* is missing", "--to notes.jsonl --model teacher pure"),
+    ("mine.json, the .* foreign", "--to mine.jsonl --model teacher pure"),
     ("scores.jsonl: problem 0, .* of another run", dict(completion="sampled again")),
     ("scores.jsonl: problem 0, .* of another run", dict(sample=77)),
     ("samples.jsonl, line 1: question is", dict(question=1))], ids=str)
@@ -183,6 +187,7 @@ def test_a_mistake_is_told_in_one_line_and_changes_no_file(out, judge, tiny_out,
     run(judge, "--model", "pure")
     (out / "pure" / "config.json").write_text('{"vocab_size": 597}')
     (out / "pure" / "notes.jsonl").write_text("a line without an end")
+    (out / "pure" / "mine.json").write_text('{"settings": {"a": 1}}')
     path = Path(shutil.copytree(tiny_out / "teacher", "minus"), data.TOKENIZER_FILE)
     definition = json.loads(path.read_text())
     definition["ranks"][ord("-")] = None
