@@ -30,8 +30,7 @@ from model import LM, CacheReads
 
 # ---- random numbers
 # A uniform number for each step of each completion, a pure function of (seed, problem, sample,
-# step): SplitMix64 (Steele, Lea & Flood 2014). So in float32 on a CPU neither batch size, order nor
-# a restart changes a text, up to ties. (In half precision products depend on the batch.)
+# step): SplitMix64 (Steele, Lea & Flood 2014). So no text depends on others, order or restarts.
 WEYL = 0x9E3779B97F4A7C15 - 2 ** 64  # 2^64 / golden ratio, odd; int64 wraps around
 
 
@@ -123,7 +122,7 @@ class Completion:
 class Batch:
     """The rows being decoded: each belongs to one (problem, sample), its owner, or is empty.
 
-    All that a step reads and writes is a tensor that stays where it is. The host looks only between
+    What a step reads and writes are tensors that stay where they are. The host looks only between
     steps, to read out the rows that are done and to start others in their place.
     """
 
@@ -156,10 +155,8 @@ class Batch:
         self.steps[rows], self.done[rows] = 0, False
 
     def step(self):
-        """One more token in every row, without waiting for a number to reach the host.
-
-        A done row runs along: it starts over at length 0, and its token goes behind its end.
-        """
+        """One more token in every row, without waiting for a number to reach the host. A done row
+        runs along: it starts over at length 0, and its token goes behind its end."""
         tokens = self.choose(self.logits, uniforms(self.keys, self.steps))  # (B,)
         self.tokens.scatter_(1, self.steps[:, None], tokens[:, None])
         self.steps += ~self.done
@@ -226,7 +223,7 @@ def advance(batch):
     """Run the steps up to the host's next visit: several on a GPU, where it has to wait."""
     device = batch.lm.device.type
     for _ in range(VISIT_EVERY.get(device, 1)):
-        if batch.graph is not None:
+        if batch.graph:
             batch.graph.replay()
             continue
         batch.step()  # the first one as it is: it compiles kernels, which can't be recorded
@@ -307,7 +304,7 @@ def resume(path, lm, fields, belongs, settings, **about):
         pair = record["problem"], record["sample"]
         if pair in records or not belongs(record):
             raise ValueError(f"{path}: problem {pair[0]}, sample {pair[1]} is there twice or of "
-                             f"another run: choose another place, or delete the file")
+                             f"another run: delete the file, or choose another place")
         records[pair] = record
     settings = settings | dict(processes=parallel.world(), device=lm.device.type,
                                dtype=str(lm.dtype).removeprefix("torch."))
@@ -322,26 +319,25 @@ def resume(path, lm, fields, belongs, settings, **about):
     return records, max((record["seconds"] for record in records.values()), default=0.0)
 
 
-def append(path, records, spent, **bar):
+def append(path, records, spent, total=None):
     """Write each record as it comes, with one write; `spent` seconds went by before."""
     parallel.wait()  # all clocks start together
     with open(path, "ab", buffering=0) as f:
-        for record in tqdm(records, path.parent.name, mininterval=1, disable=parallel.rank() > 0,
-                           **bar):
+        for record in tqdm(records, path.parent.name, total, disable=parallel.rank() > 0):
             f.write(json_line(record | dict(seconds=round(spent + record["seconds"], 4))))
     parallel.wait()
 
 
 class NotMine(set):
-    """What is done, and what others do: each process takes every world()-th problem."""
+    """What is done, and what others do: a process takes every world()-th problem."""
 
     def __contains__(self, pair):
         return super().__contains__(pair) or pair[0] % parallel.world() != parallel.rank()
 
 
 def sample_model(model, folder, problems, template, knobs, most, seconds, device, dtype):
-    """Sample one model into folder/samples.jsonl, going on where an earlier run stopped, up to
-    `most` samples of each problem. template: around a question; knobs: settings of generate."""
+    """Sample a model into folder/samples.jsonl, going on where a run stopped, up to `most` samples
+    of each problem. template: the text around a question; knobs: settings of generate."""
     lm, tokenizer = LM.from_pretrained(model, device, dtype).eval(), load_tokenizer(model)
     about = dict(params=lm.num_parameters(), device=device_name(device), torch=torch.__version__)
     prepare(lm)  # what it joins is no longer a parameter
@@ -364,14 +360,11 @@ def sample_model(model, folder, problems, template, knobs, most, seconds, device
             print(f"{path}: finished", flush=True)
             return
         list(draw(0))  # one step of the same batch compiles and touches all that is used
-        append(path, draw(seconds - spent), spent, unit=" samples")
+        append(path, draw(seconds - spent), spent)
     print(f"{path}: {len(read_jsonl(path)):,} samples", flush=True)
 
 
 # ---- the script
-SECONDS = 60  # of each model by default: the main command takes 9 minutes
-
-
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument_group("what to sample").add_argument
@@ -383,8 +376,8 @@ def parse_args(argv=None):
     add("--prompt-file", help="text around {question}; default: an instruction to reason, except "
         "for arithmetic")
     add = parser.add_argument_group("how long").add_argument
-    add("--seconds", type=number(0.1, 1e9, float), help=f"for each model; default: {SECONDS}, or "
-        f"no limit with --num-samples")
+    add("--seconds", type=number(0.1, 1e9, float),
+        help="for each model; default: no limit with --num-samples, else 60")
     add("--num-samples", type=number(1), help="of each problem; default: no limit")
     add("--max-new-tokens", type=number(1, 10 ** 6), default=896, help="of a completion")
     add = parser.add_argument_group("how to choose tokens").add_argument
@@ -415,7 +408,7 @@ def main(argv=None):
                      temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
         template = prompt_template(args.task, args.prompt_file)
         most = args.num_samples or 10 ** 9
-        seconds = args.seconds or (float("inf") if args.num_samples else SECONDS)
+        seconds = args.seconds or (float("inf") if args.num_samples else 60)
         print(f"{len(problems)} problems of {args.task}, {seconds:g} seconds a model", flush=True)
         for model in models:
             folder = os.path.join(args.out, os.path.basename(os.path.abspath(model)))

@@ -142,7 +142,7 @@ def score_samples(folder, to, judge, settings, budget):
                 yield dict(zip(FIELDS, (*pair, aggregate(steps), len(text.ids), seconds,
                                         texts[pair])))
     next(judged(), None)  # the first batch to warm up
-    append(path, judged(), spent, total=len(mine), unit=" texts")
+    append(path, judged(), spent, len(mine))
     print(f"{path}: {len(samples):,} scores{'' if left else ', finished'}", flush=True)
 
 
