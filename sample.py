@@ -59,8 +59,8 @@ def uniforms(keys, steps):
 
 # ---- choosing a token
 def keep_likely(logits, top_k, top_p):
-    """Logits (B, V), -inf for all but the top_k, then for all but the likeliest of mass top_p."""
-    if top_k and top_k < logits.shape[-1]:
+    """Logits (B, V), -inf but for the top_k, then but for the likeliest of mass top_p."""
+    if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
     if top_p < 1:
         values, order = logits.sort(descending=True, stable=True)
@@ -75,7 +75,7 @@ def choose_tokens(logits, u, temperature, top_k=0, top_p=1.0):
     """A token for each row, by inverting the cumulative distribution at u: (B, V), (B,) -> (B,).
 
     One random number a row, however large the vocabulary. Temperature 0 takes the likeliest token.
-    A row whose logits are nan or infinite gives V, which is no token.
+    Logits that are nan or infinite give V, which is no token.
     """
     if temperature < 1e-30:  # logits / temperature would overflow
         largest, tokens = logits.max(-1)
@@ -254,7 +254,6 @@ def tidy(batch):
     batch.graph = None  # these are other tensors: what was recorded is void
 
 
-# ---- arguments of generate
 RANGES = dict(num_samples=(1, 10 ** 12), max_new_tokens=(1, 10 ** 6), batch_size=(1, 10 ** 6),
               temperature=(0.0, 1e3), top_k=(0, 10 ** 12), top_p=(1e-300, 1.0), seed=(0, 2 ** 62))
 
@@ -285,20 +284,20 @@ RECORD = dict(problem=int, sample=int, question=str, gold=str, completion=str, n
 
 
 def read_settings(path, key):
-    """The settings in the .json beside a .jsonl file, None if both are new. ValueError if they have
-    no text of this key: another program made them."""
+    """The settings beside a .jsonl file, in .json, None if both are new. ValueError if they have no
+    text of this key, as those of another program."""
     beside = path.with_suffix(".json")
     if beside.exists() or path.exists() and path.stat().st_size:
         settings = beside.exists() and read_json(beside).get("settings")
         if not isinstance(settings, dict) or not isinstance(settings.get(key), str):
-            raise ValueError(f"{beside}, the settings of {path}, is missing or foreign: "
-                             f"choose another place, or delete the latter")
+            raise ValueError(f"{beside}, the settings of {path}, is missing or foreign: choose "
+                             f"another place, or delete the latter")
         return settings
 
 
 def resume(path, lm, fields, belongs, settings, **about):
-    """({(problem, sample): record}, seconds) of a run so far, which may append to its .jsonl file
-    from now on. ValueError, and no change, if records or settings are of another run."""
+    """({(problem, sample): record}, seconds) of a run so far, which may now append to its .jsonl
+    file. ValueError, and no change, if records or settings are of another run."""
     records = {}
     for record in read_jsonl(path, fields, torn=True):
         pair = record["problem"], record["sample"]
@@ -313,14 +312,14 @@ def resume(path, lm, fields, belongs, settings, **about):
     parallel.wait()  # until all have read what is there
     if not parallel.rank():
         path.touch()
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a kill may have cut the last line
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a kill may cut the last line
         if not records:
             write_json(beside, dict(settings=settings, **about))
     return records, max((record["seconds"] for record in records.values()), default=0.0)
 
 
 def append(path, records, spent, total=None):
-    """Write each record as it comes, with one write; `spent` seconds went by before."""
+    """Write each record as it comes; `spent` seconds went by before."""
     parallel.wait()  # all clocks start together
     with open(path, "ab", buffering=0) as f:
         for record in tqdm(records, path.parent.name, total, disable=parallel.rank() > 0):
@@ -403,11 +402,10 @@ def main(argv=None):
         problems = choose_subset(load_task(args.task, args.split), args.limit, args.subset_seed)
         if len(problems) < parallel.world():  # one without would search for its own forever
             raise ValueError(f"{len(problems)} problems: too few for {parallel.world()} processes")
-        size = args.batch_size or (2048 if device.type == "cuda" else 256)
-        knobs = dict(seed=args.seed, batch_size=size, max_new_tokens=args.max_new_tokens,
-                     temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+        args.batch_size = args.batch_size or (2048 if device.type == "cuda" else 256)
+        knobs = {name: getattr(args, name) for name in RANGES}
+        most = knobs.pop("num_samples") or 10 ** 9
         template = prompt_template(args.task, args.prompt_file)
-        most = args.num_samples or 10 ** 9
         seconds = args.seconds or (float("inf") if args.num_samples else 60)
         print(f"{len(problems)} problems of {args.task}, {seconds:g} seconds a model", flush=True)
         for model in models:

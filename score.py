@@ -7,10 +7,10 @@
 Writes out/<name>/scores.jsonl, a record per completion, and scores.json, the settings. Rerunning
 goes on where a run stopped. torchrun shares the work.
 
-The likelihood of a text needs no training, and reading texts is far cheaper than writing them token
-by token: a slow teacher can judge what a fast student wrote. A process reward model (Lightman et
-al. 2023) judges every step of a solution. That of RLHFlow, which search-and-learn uses, continues a
-dialogue: each turn of the user is a step, answered by "+" if all is well so far, by "-" if not.
+The likelihood of a text needs no training, and reading is far cheaper than writing token by token:
+a slow teacher can judge what a fast student wrote. A process reward model (Lightman et al. 2023)
+judges every step. RLHFlow's, which search-and-learn uses, continues a dialogue: each turn of the
+user is a step, answered by "+" if all is well so far, by "-" if not.
 """
 import math
 import os
@@ -33,7 +33,7 @@ from sample import RECORD, append, read_settings, resume
 
 # ---- judges
 class Text(NamedTuple):
-    """Token ids, and the positions at which the model has seen what it shall judge."""
+    """Token ids, and the positions after which a judge looks."""
     record: dict  # of samples.jsonl
     ids: list
     positions: list
@@ -121,8 +121,8 @@ FIELDS = dict(problem=int, sample=int, score=float, num_tokens=int, seconds=floa
 
 
 def score_samples(folder, to, judge, settings, budget):
-    """Scores of a folder's samples into the file `to` there, going on where a run stopped. Every
-    problem's first samples come first: so their `seconds` are what choosing among k costs."""
+    """Score a folder's samples into the file `to` there, going on where a run stopped: first every
+    problem's first samples, so that `seconds` are what choosing among k costs."""
     path, aggregate = Path(folder, to), AGGREGATE[settings["aggregate"]]
     samples = {(record["problem"], record["sample"]): record
                for record in read_jsonl(Path(folder, "samples.jsonl"), RECORD, torn=True)}
@@ -153,7 +153,7 @@ OTHERS = "config", "metrics", "model", "results", "samples", "tokenizer", "train
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("judge", nargs="?", metavar="MODEL", help="the judge's folder or Hugging Face repository; "
+    add("judge", nargs="?", metavar="MODEL", help="folder or Hugging Face repository; "
         "default: teacher in --out, of NAME-small teacher-small")
     add("--kind", choices=KINDS, default="likelihood", help="what it tells of a text")
     add("--aggregate", choices=AGGREGATE, default="last", help="of the steps' probabilities: "
