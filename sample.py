@@ -167,8 +167,8 @@ class Batch:
 
     def finished(self, seconds):
         """Yield the completions of the rows that are done, and empty those rows."""
-        rows = [row for row, done in enumerate(self.done.tolist()) if done and row in self.owner]
-        stop_ids = self.stop_ids.tolist()
+        done, stop_ids = self.done.tolist(), self.stop_ids.tolist()
+        rows = [row for row in self.owner if done[row]]
         for row, tokens, steps in zip(rows, self.tokens[rows].tolist(), self.steps[rows].tolist()):
             owner, last = self.owner.pop(row), tokens[steps - 1]
             if last == self.no_token:
@@ -254,15 +254,21 @@ def tidy(batch):
     batch.graph = None  # these are other tensors: what was recorded is void
 
 
-RANGES = dict(num_samples=(1, 10 ** 12), max_new_tokens=(1, 10 ** 6), batch_size=(1, 10 ** 6),
-              temperature=(0.0, 1e3), top_k=(0, 10 ** 12), top_p=(1e-300, 1.0), seed=(0, 2 ** 62))
+SETTINGS = dict(  # of generate: least, most, default of the script, and its --help
+    num_samples=(1, 10 ** 12, None, "of each problem; default: no limit"),
+    max_new_tokens=(1, 10 ** 6, 896, "of a completion"),
+    temperature=(0.0, 1e3, 0.8, "0 is greedy"),
+    top_k=(0, 10 ** 12, 0, "keep the k likeliest tokens; 0: all"),
+    top_p=(1e-300, 1.0, 1.0, "keep the likeliest tokens of this mass"),
+    batch_size=(1, 10 ** 6, None, "default: 256 on a CPU, 2048 on a GPU"),
+    seed=(0, 2 ** 31, 0, "of the random numbers"))
 
 
 def with_checks(generate):
     """generate, which refuses arguments when it is called, not when its first text is asked for."""
     @functools.wraps(generate)
     def checked(lm, prompts, **settings):
-        for name, (least, most) in RANGES.items():
+        for name, (least, most, *_) in SETTINGS.items():
             value, kind = settings.get(name, least), type(least)
             if not isinstance(value, (int, kind)) or not least <= value <= most:  # refuses nan too
                 raise ValueError(f"{name} = {value!r} is no {kind.__name__}, {least:g} to {most:g}")
@@ -374,19 +380,13 @@ def parse_args(argv=None):
     add("--subset-seed", type=number(0), help="take them at random; default: the first")
     add("--prompt-file", help="text around {question}; default: an instruction to reason, except "
         "for arithmetic")
-    add = parser.add_argument_group("how long").add_argument
     add("--seconds", type=number(0.1, 1e9, float),
         help="for each model; default: no limit with --num-samples, else 60")
-    add("--num-samples", type=number(1), help="of each problem; default: no limit")
-    add("--max-new-tokens", type=number(1, 10 ** 6), default=896, help="of a completion")
-    add = parser.add_argument_group("how to choose tokens").add_argument
-    add("--temperature", type=number(0, 1000, float), default=0.8, help="0 is greedy")
-    add("--top-k", type=number(0), default=0, help="keep the k likeliest tokens; 0: all")
-    add("--top-p", type=number(1e-300, 1, float), default=1.0,
-        help="keep the likeliest tokens of this mass")
-    add("--seed", type=number(0, 2 ** 31), default=0, help="of the random numbers")
-    add = parser.add_argument_group("where and how to compute").add_argument
-    add("--batch-size", type=number(1, 10 ** 6), help="default: 256 on a CPU, 2048 on a GPU")
+    add = parser.add_argument_group("how to sample").add_argument
+    for name, (least, most, default, text) in SETTINGS.items():
+        add("--" + name.replace("_", "-"), type=number(least, most, type(least)), default=default,
+            help=text)
+    add = parser.add_argument_group("where to compute").add_argument
     add_device_options(add)
     add("--out", default="out", help="samples go to OUT/<model's name>/samples.jsonl")
     return parser.parse_args(argv)
@@ -403,7 +403,7 @@ def main(argv=None):
         if len(problems) < parallel.world():  # one without would search for its own forever
             raise ValueError(f"{len(problems)} problems: too few for {parallel.world()} processes")
         args.batch_size = args.batch_size or (2048 if device.type == "cuda" else 256)
-        knobs = {name: getattr(args, name) for name in RANGES}
+        knobs = {name: getattr(args, name) for name in SETTINGS}
         most = knobs.pop("num_samples") or 10 ** 9
         template = prompt_template(args.task, args.prompt_file)
         seconds = args.seconds or (float("inf") if args.num_samples else 60)
