@@ -388,16 +388,15 @@ def test_a_run_is_recorded_as_documented(sampled, models, task_file):
     for row in rows:
         problem = problems[row["problem"]]
         assert " ".join(row) == "problem sample question gold completion num_tokens finish seconds"
-        assert "<|end|>" not in row["completion"]
         assert (row["question"], row["gold"]) == (problem.question, problem.answer)
         assert row["num_tokens"] == 12 if row["finish"] == "length" else row["num_tokens"] < 12
+        assert "<|end|>" not in row["completion"]
     assert {row["finish"] for row in rows} == {"stop", "length"}
     about = json.loads((sampled / "samples.json").read_text())
     assert about["params"] == LM.from_pretrained(str(models / "pure")).num_parameters()
-    assert about.keys() == {"settings", "params", "device", "torch"}
-    assert about["settings"].keys() == {
-        "prompt", "seed", "batch_size", "top_p", "max_new_tokens", "temperature", "top_k",
-        "problems", "questions", "weights", "processes", "device", "dtype"}
+    assert " ".join(about) == "settings params device torch"
+    of_run = "prompt problems questions weights processes device dtype".split()
+    assert about["settings"].keys() == {*sample.SETTINGS, *of_run} - {"num_samples"}
 
 
 def test_a_run_killed_and_torn_goes_on_and_ends_the_same(sampled, begun, line, capsys):
