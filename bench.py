@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 import kernels
 import sample
-from common import Parser, choose_device, device_name, json_line, number, run
+from common import Parser, add_device_options, choose_device, device_name, json_line, number, run
 from decode_kernels import prepare
 from model import LM, Config, cast
 
@@ -253,8 +253,7 @@ def parse_args(argv=None):
     add("--memory", type=number(1, 1e6), default=80, help="GB, to be filled by --ceiling")
     add = parser.add_argument_group("where and how often").add_argument
     add("--repeats", type=number(1, 1000), default=3, help="turns")
-    add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
-    add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda, else float32")
+    add_device_options(add)
     add("--out", default="out", help="lines go to OUT/bench.jsonl")
     return parser.parse_args(argv)
 

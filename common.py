@@ -225,6 +225,12 @@ def find_models(out):
 
 
 # ---- device
+def add_device_options(add):
+    """Add --device and --dtype, arguments of choose_device."""
+    add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
+    add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda, else float32")
+
+
 def choose_device(device=None, dtype=None):
     """(torch.device, torch.dtype), printed with the reason: as asked for, else cuda in bfloat16 (in
     float32 before Ampere, which only emulates it), else cpu in float32."""

@@ -3,15 +3,14 @@
     python sample.py                                every model under out/, each the same seconds
     python sample.py --model out/pure --seconds 60 --temperature 0.6
     python sample.py --split train --limit 500 --num-samples 4 --out out/train    to learn from
-    torchrun --nproc_per_node=8 sample.py ...       each process takes its share of the problems
+    torchrun --nproc_per_node=8 sample.py           each process takes a share of the problems
 
 Writes out/<name>/samples.jsonl, a record per completion, and samples.json, the settings. Rerunning
-goes on where a run stopped. Teacher and students go through the same loop.
+goes on where a run stopped.
 """
 import functools
 import itertools
 import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,18 +21,16 @@ from tqdm import tqdm
 
 import hub
 import parallel
-from common import (Parser, choose_device, crc, device_name, find_models, json_line, number,
-                    read_json, read_jsonl, run, same_settings, write_json)
+from common import (Parser, add_device_options, choose_device, crc, device_name, find_models,
+                    json_line, number, read_json, read_jsonl, run, same_settings, write_json)
 from data import choose_subset, load_task, load_tokenizer, prompt_template
 from decode_kernels import prepare
-from grade import extract_answer, is_correct
 from model import LM, CacheReads
 
 
 # ---- random numbers
-# One uniform number for each step of each completion, a pure function of (seed, problem, sample,
-# step): SplitMix64 (Steele, Lea & Flood 2014). So in float32 on a CPU neither batch size, nor
-# order, nor a restart changes a text, up to ties. (In half precision products depend on the batch.)
+# A uniform number for each step of each completion, a pure function of (seed, problem, sample,
+# step): SplitMix64 (Steele, Lea & Flood 2014). So no text depends on others, order or restarts.
 WEYL = 0x9E3779B97F4A7C15 - 2 ** 64  # 2^64 / golden ratio, odd; int64 wraps around
 
 
@@ -49,27 +46,26 @@ def mix(x):
 def row_keys(seed, owners):
     """64 bits for each (problem, sample) and for nothing else: (B,) int64."""
     keys = torch.zeros(len(owners), dtype=torch.long)
-    for part in (torch.full_like(keys, seed), *torch.tensor(owners).unbind(1)):
+    for part in seed, *torch.tensor(owners).unbind(1):
         keys = mix(keys + WEYL + part)
     return keys
 
 
 def uniforms(keys, steps):
-    """Numbers in [0, 1) for keys and steps (B,): (B,) float32.
-
-    Of 23 bits, so that u * total in choose_tokens never rounds up to total.
-    """
+    """Numbers in [0, 1) for keys and steps (B,): (B,) float32, of 23 bits: u * total in
+    choose_tokens then never rounds up to total."""
     return ((mix(keys + (steps + 1) * WEYL) >> 41) & (2 ** 23 - 1)).float() * 2.0 ** -23
 
 
 # ---- choosing a token
 def keep_likely(logits, top_k, top_p):
-    """Logits (B, V), -inf for all but the top_k, then for all but the likeliest of mass top_p."""
-    if top_k and top_k < logits.shape[-1]:
+    """Logits (B, V), -inf but for the top_k, then but for the likeliest of mass top_p."""
+    if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
     if top_p < 1:
         values, order = logits.sort(descending=True, stable=True)
         p = values.softmax(-1)
+        top_p = max(top_p, 1e-30)  # 1e-300 is 0 in float32
         unlikely = p.cumsum(-1) - p >= top_p  # the likelier tokens have that mass without it
         logits = logits.scatter(1, order, values.masked_fill(unlikely, float("-inf")))
     return logits
@@ -79,41 +75,37 @@ def choose_tokens(logits, u, temperature, top_k=0, top_p=1.0):
     """A token for each row, by inverting the cumulative distribution at u: (B, V), (B,) -> (B,).
 
     One random number a row, however large the vocabulary. Temperature 0 takes the likeliest token.
+    Logits that are nan or infinite give V, which is no token.
     """
-    if temperature == 0:
-        return logits.argmax(-1)
+    if temperature < 1e-30:  # logits / temperature would overflow
+        largest, tokens = logits.max(-1)
+        return tokens.masked_fill(~largest.isfinite(), logits.shape[-1])
     cdf = keep_likely(logits.float() / temperature, top_k, top_p).softmax(-1).cumsum(-1)  # (B, V)
-    tokens = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
-    return tokens.clamp(max=logits.shape[-1] - 1)  # a row of nan would give V
+    return torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]  # V if all is nan
 
 
 # ---- prompts
-class Prompts:
-    """Runs each prompt through the model once, when its first sample is to start, many in a pass.
+PACK = 8192  # tokens of a pass over prompts, which bounds its memory
+
+
+def prefill(lm, prompts):
+    """Run prompts {problem: ids}, the longest first, many in a pass. Yield for each pass
+    ({problem: row}, state, logits (B, V) of the next token).
 
     Rows are padded on the right, and padding must be a no-op. Known bugs elsewhere are a
     convolution whose window ends in the padding, and a state that goes on decaying over it: the
     mixers of model.py take each row's own end (counts), and make no step for padding.
     """
-    TOKENS = 8192  # of a pass, which bounds its memory
-
-    def __init__(self, lm, prompts):
-        self.lm, self.prompts = lm, prompts
-        self.passes = []  # of each: {problem: its row}, state, logits (B, V) of token 1
-
-    def run(self, problems):
-        """Run the prompts of these problems that have not been run, the longest first."""
-        new = set(problems).difference(*(places for places, _, _ in self.passes))
-        new = sorted(new, key=lambda problem: len(self.prompts[problem]), reverse=True)
-        while new:
-            size = max(1, self.TOKENS // len(self.prompts[new[0]]))
-            pack, new = new[:size], new[size:]
-            rows = [torch.tensor(self.prompts[problem]) for problem in pack]
-            tokens = pad_sequence(rows, batch_first=True).to(self.lm.device)  # (B, L)
-            counts = torch.tensor([len(row) for row in rows], device=self.lm.device)
-            state = self.lm.init_state(*tokens.shape)
-            logits = self.lm(tokens, state, counts)[:, 0]
-            self.passes.append(({problem: i for i, problem in enumerate(pack)}, state, logits))
+    left = sorted(prompts, key=lambda problem: len(prompts[problem]), reverse=True)
+    while left:
+        size = max(1, PACK // len(prompts[left[0]]))
+        pack, left = left[:size], left[size:]
+        rows = [torch.tensor(prompts[problem]) for problem in pack]
+        tokens = pad_sequence(rows, batch_first=True).to(lm.device)  # (B, L)
+        counts = torch.tensor([len(row) for row in rows], device=lm.device)
+        state = lm.init_state(*tokens.shape)
+        logits = lm(tokens, state, counts)[:, 0]
+        yield {problem: i for i, problem in enumerate(pack)}, state, logits
 
 
 # ---- the batch
@@ -130,24 +122,27 @@ class Completion:
 class Batch:
     """The rows being decoded: each belongs to one (problem, sample), its owner, or is empty.
 
-    All that a step reads and writes is a tensor that stays where it is. The host looks only between
+    What a step reads and writes are tensors that stay where they are. The host looks only between
     steps, to read out the rows that are done and to start others in their place.
     """
 
     def __init__(self, lm, size, max_length, max_new_tokens, stop_ids, choose):
         self.lm, self.choose, self.max_new_tokens = lm, choose, max_new_tokens
         self.owner, self.state = {}, lm.init_state(size, max_length)  # owner: of each busy row
-        self.stop_ids = torch.tensor(list(stop_ids), dtype=torch.long, device=lm.device)
-        self.logits = torch.zeros(size, lm.config.vocab_size, dtype=lm.dtype, device=lm.device)
+        self.no_token = lm.config.vocab_size  # from choose_tokens; a row ends with it, too
+        self.stop_ids = torch.tensor([*stop_ids, self.no_token], device=lm.device)
+        self.logits = torch.zeros(size, self.no_token, dtype=lm.dtype, device=lm.device)
         self.keys, self.steps = torch.zeros(2, size, dtype=torch.long, device=lm.device)
         self.tokens = torch.zeros(size, max_new_tokens + 1, dtype=torch.long, device=lm.device)
         self.done = torch.ones(size, dtype=torch.bool, device=lm.device)  # at its end, or empty
-        self.visits, self.graph = 0, None  # see tidy and advance
+        self.passes, self.visits, self.graph = [], 0, None  # see prefill, tidy, advance
 
     def start(self, rows, owners, seed, prompts):
-        """Begin these completions in empty rows, each from the state after its prompt."""
-        prompts.run([problem for problem, _ in owners])
-        for places, state, logits in prompts.passes:
+        """Begin completions in empty rows, each from the state after its prompt; that runs once."""
+        ran = {problem for places, _, _ in self.passes for problem in places}
+        new = {problem: prompts[problem] for problem, _ in owners if problem not in ran}
+        self.passes += prefill(self.lm, new)
+        for places, state, logits in self.passes:
             pairs = [(row, places[problem]) for row, (problem, _) in zip(rows, owners)
                      if problem in places]
             if pairs:
@@ -160,24 +155,27 @@ class Batch:
         self.steps[rows], self.done[rows] = 0, False
 
     def step(self):
-        """One more token in every row, without waiting for a number to reach the host.
-
-        A done row runs along: it starts over at length 0, and its token goes behind its end.
-        """
+        """One more token in every row, without waiting for a number to reach the host. A done row
+        runs along: it starts over at length 0, and its token goes behind its end."""
         tokens = self.choose(self.logits, uniforms(self.keys, self.steps))  # (B,)
         self.tokens.scatter_(1, self.steps[:, None], tokens[:, None])
         self.steps += ~self.done
         self.done |= (tokens[:, None] == self.stop_ids).any(1) | (self.steps == self.max_new_tokens)
         self.state.lengths.masked_fill_(self.done, 0)
+        tokens = tokens.clamp(max=self.no_token - 1)
         self.logits.copy_(self.lm(tokens[:, None], self.state)[:, -1])
 
     def finished(self, seconds):
         """Yield the completions of the rows that are done, and empty those rows."""
-        rows = [row for row, done in enumerate(self.done.tolist()) if done and row in self.owner]
-        stop_ids = self.stop_ids.tolist()
+        done, stop_ids = self.done.tolist(), self.stop_ids.tolist()
+        rows = [row for row in self.owner if done[row]]
         for row, tokens, steps in zip(rows, self.tokens[rows].tolist(), self.steps[rows].tolist()):
-            stopped = tokens[steps - 1] in stop_ids
-            yield Completion(*self.owner.pop(row), tokens[:steps - stopped],
+            owner, last = self.owner.pop(row), tokens[steps - 1]
+            if last == self.no_token:
+                raise ValueError("problem {}, sample {}, step {}: the logits are nan or infinite: "
+                                 "check the weights, or use float32".format(*owner, steps))
+            stopped = last in stop_ids
+            yield Completion(*owner, tokens[:steps - stopped],
                              "stop" if stopped else "length", seconds)
 
 
@@ -187,26 +185,23 @@ def generate(lm, prompts, *, num_samples=1, max_new_tokens=256, temperature=1.0,
     """Yield a Completion of every prompt, num_samples times, each as soon as it is finished.
 
     prompts: lists of token ids. skip: (problem, sample) pairs not to run. seconds: when to end;
-    rows still running are dropped. top_k and top_p act after the temperature, and 0 is greedy. In
-    float32 on a CPU, batch_size and skip change no text, up to ties. ValueError for an empty prompt
-    or a setting out of range.
+    rows still running are dropped. top_k and top_p act after the temperature; 0 is greedy. In
+    float32 on a CPU, batch_size and skip change no text, up to ties. ValueError at the call for
+    arguments out of range, and later for logits that are nan or infinite.
     """
-    choice = dict(temperature=temperature, top_k=top_k, top_p=top_p)
-    check_settings(prompts, num_samples=num_samples, max_new_tokens=max_new_tokens,
-                   batch_size=batch_size, **choice)
-    began, ready = time.perf_counter(), Prompts(lm, prompts)
+    began = time.perf_counter()
     # 1. Wait in line: every problem's sample 0, then every sample 1, ...; drawn one by one.
     queue = ((problem, sample) for sample in range(num_samples) for problem in range(len(prompts))
              if (problem, sample) not in skip)
     owners = list(itertools.islice(queue, batch_size))
     longest = max(map(len, prompts), default=0) + max_new_tokens
-    batch = Batch(lm, len(owners), longest, max_new_tokens, stop_ids,
-                  functools.partial(choose_tokens, **choice))
+    batch = Batch(lm, len(owners), longest, max_new_tokens, stop_ids, functools.partial(
+        choose_tokens, temperature=temperature, top_k=top_k, top_p=top_p))
     while owners or batch.owner:
         # 2. Empty rows are taken by the next in line, from the state after their prompts.
         if owners:
             empty = [row for row in range(len(batch.done)) if row not in batch.owner]
-            batch.start(empty[:len(owners)], owners, seed, ready)
+            batch.start(empty[:len(owners)], owners, seed, prompts)
         # 3. When nobody is left in line, the batch shrinks.
         tidy(batch)
         # 4. One more token in every row.
@@ -219,7 +214,7 @@ def generate(lm, prompts, *, num_samples=1, max_new_tokens=256, temperature=1.0,
         owners = list(itertools.islice(queue, len(batch.done) - len(batch.owner)))
 
 
-# ---- first reading ends here: recorded steps, sorted rows, one model into a file, options ----
+# ---- first reading ends here: recorded steps, checks, one model into a file, options ----
 VISIT_EVERY = dict(cuda=8)  # steps between visits of the host; 1 on a CPU
 SORT_EVERY, SORT_ABOVE = 16, 1.2  # visits between checks; columns read per column used
 
@@ -228,7 +223,7 @@ def advance(batch):
     """Run the steps up to the host's next visit: several on a GPU, where it has to wait."""
     device = batch.lm.device.type
     for _ in range(VISIT_EVERY.get(device, 1)):
-        if batch.graph is not None:
+        if batch.graph:
             batch.graph.replay()
             continue
         batch.step()  # the first one as it is: it compiles kernels, which can't be recorded
@@ -244,11 +239,11 @@ def tidy(batch):
     rows, lengths = sorted(batch.owner), batch.state.lengths
     batch.visits += 1
     if len(rows) > 0.75 * len(lengths):
-        if batch.visits % SORT_EVERY or batch.lm.device.type != "cpu":
-            return
         attends = any("keys" in cache for cache in batch.state.layers)
+        if batch.visits % SORT_EVERY or batch.lm.device.type != "cpu" or not attends:
+            return
         read = sum(int(group.max()) * len(group) for group in lengths.split(CacheReads.ROWS))
-        if not attends or read <= SORT_ABOVE * int(lengths.sum()):
+        if read <= SORT_ABOVE * int(lengths.sum()):
             return
         rows = lengths.argsort().tolist()
     batch.owner = {i: batch.owner[row] for i, row in enumerate(rows) if row in batch.owner}
@@ -259,15 +254,34 @@ def tidy(batch):
     batch.graph = None  # these are other tensors: what was recorded is void
 
 
-def check_settings(prompts, **settings):
-    """ValueError for a number out of range or an empty prompt."""
-    ranges = dict(temperature=(0, 1000), top_k=(0, 1e12), top_p=(1e-300, 1))
-    for name, value in settings.items():
-        least, most = ranges.get(name, (1, 1e12))
-        if not least <= value <= most:  # refuses nan too
-            raise ValueError(f"{name} = {value} is out of range, {least:g} to {most:g}")
-    if 0 in (lengths := [len(prompt) for prompt in prompts]):
-        raise ValueError(f"prompt {lengths.index(0)} is empty: a model needs a token to start from")
+SETTINGS = dict(  # of generate: least, most, default of the script, and its --help
+    num_samples=(1, 10 ** 12, None, "of each problem; default: no limit"),
+    max_new_tokens=(1, 10 ** 6, 896, "of a completion"),
+    temperature=(0.0, 1e3, 0.8, "0 is greedy"),
+    top_k=(0, 10 ** 12, 0, "keep the k likeliest tokens; 0: all"),
+    top_p=(1e-300, 1.0, 1.0, "keep the likeliest tokens of this mass"),
+    batch_size=(1, 10 ** 6, None, "default: 256 on a CPU, 2048 on a GPU"),
+    seed=(0, 2 ** 31, 0, "of the random numbers"))
+
+
+def with_checks(generate):
+    """generate, which refuses arguments when it is called, not when its first text is asked for."""
+    @functools.wraps(generate)
+    def checked(lm, prompts, **settings):
+        for name, (least, most, *_) in SETTINGS.items():
+            value, kind = settings.get(name, least), type(least)
+            if not isinstance(value, (int, kind)) or not least <= value <= most:  # refuses nan too
+                raise ValueError(f"{name} = {value!r} is no {kind.__name__}, {least:g} to {most:g}")
+        ids = range(lm.config.vocab_size)
+        for prompt in prompts if isinstance(prompts, list) else [prompts]:
+            if not (isinstance(prompt, list) and prompt
+                    and all(type(token) is int and token in ids for token in prompt)):
+                raise ValueError(f"prompts: {prompt!r:.60} is no list of ids below {ids.stop}")
+        return generate(lm, prompts, **settings)
+    return checked
+
+
+generate = with_checks(generate)
 
 
 # ---- one model into a file
@@ -275,94 +289,87 @@ RECORD = dict(problem=int, sample=int, question=str, gold=str, completion=str, n
               finish=str, seconds=float)  # fields of a line of samples.jsonl
 
 
+def read_settings(path, key):
+    """The settings beside a .jsonl file, in .json, None if both are new. ValueError if they have no
+    text of this key, as those of another program."""
+    beside = path.with_suffix(".json")
+    if beside.exists() or path.exists() and path.stat().st_size:
+        settings = beside.exists() and read_json(beside).get("settings")
+        if not isinstance(settings, dict) or not isinstance(settings.get(key), str):
+            raise ValueError(f"{beside}, the settings of {path}, is missing or foreign: choose "
+                             f"another place, or delete the latter")
+        return settings
+
+
 def resume(path, lm, fields, belongs, settings, **about):
-    """({(problem, sample): record}, seconds) of a run so far, which may append to its .jsonl file
-    from now on. ValueError, and no change, if that or the .json beside it is of another run."""
-    beside, records = path.with_suffix(".json"), {}
-    begun = path.exists() and path.stat().st_size
-    if "settings" not in read_json(beside) if beside.exists() else begun:
-        raise ValueError(f"{beside}, the settings of {path}, is missing or foreign: choose "
-                         f"another place, or delete the latter")
+    """({(problem, sample): record}, seconds) of a run so far, which may now append to its .jsonl
+    file. ValueError, and no change, if records or settings are of another run."""
+    records = {}
     for record in read_jsonl(path, fields, torn=True):
         pair = record["problem"], record["sample"]
         if pair in records or not belongs(record):
             raise ValueError(f"{path}: problem {pair[0]}, sample {pair[1]} is there twice or of "
-                             f"another run: choose another place, or delete the file")
+                             f"another run: delete the file, or choose another place")
         records[pair] = record
     settings = settings | dict(processes=parallel.world(), device=lm.device.type,
                                dtype=str(lm.dtype).removeprefix("torch."))
+    beside = path.with_suffix(".json")
     same_settings(beside, settings, bool(records))
     parallel.wait()  # until all have read what is there
     if not parallel.rank():
         path.touch()
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a kill may have cut the last line
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a kill may cut the last line
         if not records:
             write_json(beside, dict(settings=settings, **about))
     return records, max((record["seconds"] for record in records.values()), default=0.0)
 
 
-def append(path, records, spent, **bar):
-    """Write each record as it comes, with one write; `spent` seconds went by before."""
+def append(path, records, spent, total=None):
+    """Write each record as it comes; `spent` seconds went by before."""
     parallel.wait()  # all clocks start together
     with open(path, "ab", buffering=0) as f:
-        for record in tqdm(records, path.parent.name, disable=parallel.rank() > 0, **bar,
-                           dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 10):
+        for record in tqdm(records, path.parent.name, total, disable=parallel.rank() > 0):
             f.write(json_line(record | dict(seconds=round(spent + record["seconds"], 4))))
     parallel.wait()
 
 
 class NotMine(set):
-    """What is done, and what others do: each process takes every world()-th problem."""
+    """What is done, and what others do: a process takes every world()-th problem."""
 
     def __contains__(self, pair):
         return super().__contains__(pair) or pair[0] % parallel.world() != parallel.rank()
 
 
 def sample_model(model, folder, problems, template, knobs, most, seconds, device, dtype):
-    """Sample one model into folder/samples.jsonl, going on where an earlier run stopped, up to
-    `most` samples of each problem. template: around a question; knobs: settings of generate."""
-    tokenizer, path = load_tokenizer(model), Path(folder, "samples.jsonl")
-    lm = LM.from_pretrained(model, device, dtype).eval()
+    """Sample a model into folder/samples.jsonl, going on where a run stopped, up to `most` samples
+    of each problem. template: the text around a question; knobs: settings of generate."""
+    lm, tokenizer = LM.from_pretrained(model, device, dtype).eval(), load_tokenizer(model)
     about = dict(params=lm.num_parameters(), device=device_name(device), torch=torch.__version__)
     prepare(lm)  # what it joins is no longer a parameter
-    asked = [(p.question, p.answer) for p in problems]
-    prompts = [tokenizer.chat(template.replace("{question}", question)) for question, _ in asked]
-    settings = knobs | dict(prompt=template, problems=len(asked), questions=crc(repr(asked)),
-                            weights=hub.fingerprint(model))
-    known = dict(enumerate(asked))
-    done, spent = resume(path, lm, RECORD, lambda record: known.get(record["problem"]) == (
-        record["question"], record["gold"]), settings, **about)
+    asked = {i: (problem.question, problem.answer) for i, problem in enumerate(problems)}
+    prompts = [tokenizer.chat(template.replace("{question}", p.question)) for p in problems]
+    settings = knobs | dict(prompt=template, problems=len(asked), weights=hub.fingerprint(model),
+                            questions=crc(repr(list(asked.values()))))
+    path = Path(folder, "samples.jsonl")
 
     def draw(seconds):
         for c in generate(lm, prompts, num_samples=most, stop_ids=tokenizer.eos_ids,
                           skip=NotMine(done), seconds=seconds, **knobs):
-            question, gold = asked[c.problem]
-            yield dict(problem=c.problem, sample=c.sample, question=question, gold=gold,
-                       completion=tokenizer.decode(c.tokens), num_tokens=len(c.tokens),
-                       finish=c.finish, seconds=c.seconds)
-    if spent < seconds:
+            yield dict(zip(RECORD, (c.problem, c.sample, *asked[c.problem], tokenizer.decode(
+                c.tokens), len(c.tokens), c.finish, c.seconds)))
+    with parallel.exclusively(folder):
+        read_settings(path, "questions")
+        done, spent = resume(path, lm, RECORD, lambda record: asked.get(record["problem"]) == (
+            record["question"], record["gold"]), settings, **about)
+        if spent >= seconds or sum(sample < most for _, sample in done) == most * len(asked):
+            print(f"{path}: finished", flush=True)
+            return
         list(draw(0))  # one step of the same batch compiles and touches all that is used
-        append(path, draw(seconds - spent), spent, unit=" samples")
-    print(summary(path), flush=True)
-
-
-def summary(path):
-    """The number of samples, their speed, and the last one, cut in the middle."""
-    records = read_jsonl(path, RECORD, torn=True)
-    if not records:
-        return f"{path}: no sample was finished, give it more --seconds"
-    last, text = records[-1], records[-1]["completion"]
-    speed = sum(record["num_tokens"] for record in records) / last["seconds"]
-    verdict = "right" if is_correct(extract_answer(text) or "", last["gold"]) else "wrong"
-    text = text if len(text) < 250 else f"{text[:120]} ... {text[-120:]}"
-    return (f"{path}: {len(records):,} samples, {speed:,.0f} tokens/s. The last is {verdict}:\n"
-            f"{last['question']}\n{text}")
+        append(path, draw(seconds - spent), spent)
+    print(f"{path}: {len(read_jsonl(path)):,} samples", flush=True)
 
 
 # ---- the script
-SECONDS = 60  # of each model by default: the main command takes 9 minutes
-
-
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument_group("what to sample").add_argument
@@ -371,22 +378,16 @@ def parse_args(argv=None):
     add("--split", choices=["train", "test"], default="test", help="of the task")
     add("--limit", type=number(1), default=72, help="how many problems")
     add("--subset-seed", type=number(0), help="take them at random; default: the first")
-    add("--prompt-file", help="text around {question}; default: an instruction to reason, but none "
+    add("--prompt-file", help="text around {question}; default: an instruction to reason, except "
         "for arithmetic")
-    add = parser.add_argument_group("how long").add_argument
-    add("--seconds", type=number(0.1, 1e9, float), help=f"for each model; default: {SECONDS}, or "
-        f"no limit with --num-samples")
-    add("--num-samples", type=number(1), help="of each problem; default: no limit")
-    add("--max-new-tokens", type=number(1, 10 ** 6), default=896, help="of a completion")
-    add = parser.add_argument_group("how to choose tokens").add_argument
-    add("--temperature", type=number(0, 1000, float), default=0.8, help="0 is greedy")
-    add("--top-k", type=number(0), default=0, help="keep the k likeliest tokens; 0: all")
-    add("--top-p", type=number(1e-6, 1, float), default=1.0, help="keep the likeliest of this mass")
-    add("--seed", type=number(0, 2 ** 31), default=0, help="of the random numbers")
-    add = parser.add_argument_group("where and how to compute").add_argument
-    add("--batch-size", type=number(1, 10 ** 6), help="default: 256 on a CPU, 2048 on a GPU")
-    add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
-    add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda, else float32")
+    add("--seconds", type=number(0.1, 1e9, float),
+        help="for each model; default: no limit with --num-samples, else 60")
+    add = parser.add_argument_group("how to sample").add_argument
+    for name, (least, most, default, text) in SETTINGS.items():
+        add("--" + name.replace("_", "-"), type=number(least, most, type(least)), default=default,
+            help=text)
+    add = parser.add_argument_group("where to compute").add_argument
+    add_device_options(add)
     add("--out", default="out", help="samples go to OUT/<model's name>/samples.jsonl")
     return parser.parse_args(argv)
 
@@ -395,26 +396,21 @@ def main(argv=None):
     args = parse_args(argv)
     with parallel.processes(args.device):
         device, dtype = choose_device(args.device, args.dtype)
-        names = {}  # folder of each
-        for model in args.model or find_models(args.out):
+        models = args.model or find_models(args.out)
+        for model in models:
             hub.read_config(hub.checkpoint_folder(model))  # a mistake is told before data is read
-            name = os.path.basename(os.path.abspath(model))
-            if names.setdefault(name, model) != model:
-                raise ValueError(f"two models are named {name}: sample them into different --out")
         problems = choose_subset(load_task(args.task, args.split), args.limit, args.subset_seed)
         if len(problems) < parallel.world():  # one without would search for its own forever
             raise ValueError(f"{len(problems)} problems: too few for {parallel.world()} processes")
-        size = args.batch_size or (2048 if device.type == "cuda" else 256)
-        knobs = dict(seed=args.seed, batch_size=size, max_new_tokens=args.max_new_tokens,
-                     temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+        args.batch_size = args.batch_size or (2048 if device.type == "cuda" else 256)
+        knobs = {name: getattr(args, name) for name in SETTINGS}
+        most = knobs.pop("num_samples") or 10 ** 9
         template = prompt_template(args.task, args.prompt_file)
-        most = args.num_samples or 10 ** 9
-        seconds = args.seconds or (float("inf") if args.num_samples else SECONDS)
-        until = "" if seconds == float("inf") else f", {seconds:g} seconds a model"
-        print(f"{len(problems)} problems of {args.task}{until}", flush=True)
-        for name, model in names.items():
-            with parallel.exclusively(os.path.join(args.out, name)) as folder:
-                sample_model(model, folder, problems, template, knobs, most, seconds, device, dtype)
+        seconds = args.seconds or (float("inf") if args.num_samples else 60)
+        print(f"{len(problems)} problems of {args.task}, {seconds:g} seconds a model", flush=True)
+        for model in models:
+            folder = os.path.join(args.out, os.path.basename(os.path.abspath(model)))
+            sample_model(model, folder, problems, template, knobs, most, seconds, device, dtype)
 
 
 if __name__ == "__main__":

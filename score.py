@@ -7,11 +7,10 @@
 Writes out/<name>/scores.jsonl, a record per completion, and scores.json, the settings. Rerunning
 goes on where a run stopped. torchrun shares the work.
 
-The likelihood of a text under a language model needs no training, and reading texts is far cheaper
-than writing them token by token: so a slow teacher can judge what a fast student wrote. A process
-reward model (Lightman et al. 2023) judges every step of a solution. That of RLHFlow, which
-search-and-learn uses, is a language model fine-tuned for a dialogue: each turn of the user is a
-step, and it answers "+" if all is well so far, "-" if not.
+The likelihood of a text needs no training, and reading is far cheaper than writing token by token:
+a slow teacher can judge what a fast student wrote. A process reward model (Lightman et al. 2023)
+judges every step. RLHFlow's, which search-and-learn uses, continues a dialogue: each turn of the
+user is a step, answered by "+" if all is well so far, by "-" if not.
 """
 import math
 import os
@@ -25,15 +24,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 import hub
 import parallel
-from common import Parser, choose_device, crc, folder_name, number, read_json, read_jsonl, run
-from data import INSTRUCTION, load_tokenizer
+from common import (Parser, add_device_options, choose_device, crc, folder_name, number, read_jsonl,
+                    run)
+from data import load_tokenizer
 from model import LM
-from sample import RECORD, append, resume
+from sample import RECORD, append, read_settings, resume
 
 
 # ---- judges
 class Text(NamedTuple):
-    """Token ids, and the positions at which the model has seen what it shall judge."""
+    """Token ids, and the positions after which a judge looks."""
     record: dict  # of samples.jsonl
     ids: list
     positions: list
@@ -54,9 +54,7 @@ class Likelihood:
 
     def judge(self, x, text):
         """[p] for the hidden states x (L, d_model) of a text, whose tokens come one position on.
-
-        The head sees one text at a time: logits of a batch would be the largest tensor by far.
-        """
+        The head sees one text at a time: logits of a batch would be the largest tensor by far."""
         logits = self.lm.head(x[None, text.positions])[0].float()  # (tokens judged, V)
         targets = torch.tensor(text.ids[1:], device=x.device)[text.positions]
         return [math.exp(-F.cross_entropy(logits, targets, reduction="sum"))]
@@ -67,19 +65,16 @@ class Process:
 
     def __init__(self, lm, tokenizer):
         self.lm, self.tokenizer = lm, tokenizer
-        plus, minus = tokenizer.encode("+"), tokenizer.encode("-")
-        if len(plus) != 1 or len(minus) != 1:
-            raise ValueError(f'this is no process reward model: its tokenizer makes {plus} of "+" '
-                             f'and {minus} of "-", instead of a token each')
+        signs = tokenizer.encode("+") + tokenizer.encode("-")
+        if len(signs) != 2:
+            raise ValueError('no process reward model: its tokenizer lacks a token of "+" or "-"')
         head = lm.model.embed_tokens if lm.config.tie_embeddings else lm.lm_head
-        self.rows = head.weight[plus + minus].float()  # (2, d_model)
+        self.rows = head.weight[signs].float()  # (2, d_model)
 
     def read(self, record, template):
-        """The dialogue about a sample: question and first step, "+", second step, "+", ...
-
-        Steps stand between blank lines. The positions are those before each "+": in a causal model
-        one pass judges every step as if all before were good.
-        """
+        """The dialogue about a sample: question and first step, "+", second step, "+", ... Steps
+        stand between blank lines. The positions are those before each "+": in a causal model one
+        pass judges every step as if all before were good."""
         steps = [step for step in record["completion"].split("\n\n") if step.strip()] or [""]
         steps[0] = f"{record['question']} {steps[0]}"
         ids, positions = [], []
@@ -102,18 +97,16 @@ AGGREGATE = dict(last=lambda steps: steps[-1], min=min, prod=math.prod)  # one s
 
 @torch.inference_mode()
 def judge_batch(judge, batch):
-    """p at every position of every Text of a batch; padding on the right is seen by nothing."""
+    """What the judge finds in each Text of a batch; padding on the right is seen by nothing."""
     tokens = pad_sequence([torch.tensor(text.ids) for text in batch], batch_first=True)  # (B, L)
     for x in judge.lm.hidden_states(tokens.to(judge.lm.device)):
-        pass  # the last is the residual stream after all blocks, (B, L, d_model)
+        pass  # the last comes after all blocks: (B, L, d_model)
     return [judge.judge(row, text) for row, text in zip(x, batch)]
 
 
 def batches(judge, records, template, budget):
-    """Lists of Texts of like length: `budget` tokens with their padding, or one text.
-
-    512 are sorted at a time: sorting all would finish no problem before the end.
-    """
+    """Yield lists of Texts of like length: `budget` tokens with their padding, or one text. 512 are
+    sorted at a time: sorting all would finish no problem before the end."""
     for start in range(0, len(records), 512):
         texts = [judge.read(record, template) for record in records[start:start + 512]]
         texts.sort(key=lambda text: len(text.ids), reverse=True)
@@ -128,42 +121,39 @@ FIELDS = dict(problem=int, sample=int, score=float, num_tokens=int, seconds=floa
 
 
 def score_samples(folder, to, judge, settings, budget):
-    """Scores of all samples in a folder into the file `to` there, going on where a run stopped.
-
-    Every problem's first samples come first: so their `seconds` are what choosing among k costs.
-    """
-    records = read_jsonl(Path(folder, "samples.jsonl"), RECORD, torn=True)
-    samples = {(record["problem"], record["sample"]): record for record in records}
-    if not samples:
-        raise ValueError(f"no samples in {folder}: run python sample.py first")
-    path, origin = Path(folder, to), Path(folder, "samples.json")
-    origin = read_json(origin).get("settings", {}) if origin.exists() else {}
-    template, aggregate = origin.get("prompt") or INSTRUCTION, AGGREGATE[settings["aggregate"]]
+    """Score a folder's samples into the file `to` there, going on where a run stopped: first every
+    problem's first samples, so that `seconds` are what choosing among k costs."""
+    path, aggregate = Path(folder, to), AGGREGATE[settings["aggregate"]]
+    samples = {(record["problem"], record["sample"]): record
+               for record in read_jsonl(Path(folder, "samples.jsonl"), RECORD, torn=True)}
     texts = {pair: crc(record["completion"]) for pair, record in samples.items()}
     done, spent = resume(path, judge.lm, FIELDS, lambda score: score["crc"] == texts.get(
-        (score["problem"], score["sample"])), settings | dict(prompt=template))
+        (score["problem"], score["sample"])), settings)
     left = sorted(samples.keys() - done.keys(), key=lambda pair: pair[::-1])
     mine = [samples[pair] for pair in left[parallel.rank()::parallel.world()]]
 
     def judged():
         began = time.perf_counter()
-        for batch in batches(judge, mine, template, budget):
+        for batch in batches(judge, mine, settings["prompt"], budget):
             found = judge_batch(judge, batch)
             seconds = time.perf_counter() - began
             for text, steps in zip(batch, found):
                 pair = text.record["problem"], text.record["sample"]
-                yield dict(problem=pair[0], sample=pair[1], score=aggregate(steps),
-                           num_tokens=len(text.ids), seconds=seconds, crc=texts[pair])
+                yield dict(zip(FIELDS, (*pair, aggregate(steps), len(text.ids), seconds,
+                                        texts[pair])))
     next(judged(), None)  # the first batch to warm up
-    append(path, judged(), spent, total=len(mine), unit=" texts")
-    print(f"{path}: {len(samples):,} scores", flush=True)
+    append(path, judged(), spent, len(mine))
+    print(f"{path}: {len(samples):,} scores{'' if left else ', finished'}", flush=True)
 
 
 # ---- the script
+OTHERS = "config", "metrics", "model", "results", "samples", "tokenizer", "training"  # not ours
+
+
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("judge", nargs="?", metavar="MODEL", help="the judge's folder or Hugging Face repository; "
+    add("judge", nargs="?", metavar="MODEL", help="folder or Hugging Face repository; "
         "default: teacher in --out, of NAME-small teacher-small")
     add("--kind", choices=KINDS, default="likelihood", help="what it tells of a text")
     add("--aggregate", choices=AGGREGATE, default="last", help="of the steps' probabilities: "
@@ -172,8 +162,7 @@ def parse_args(argv=None):
     add("--to", type=folder_name, default="scores.jsonl", metavar="FILE", help="in each folder")
     add("--tokens", type=number(1), default=16384, help="read at a time, padding included")
     add("--out", default="out", help="folder of the models")
-    add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
-    add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda, else float32")
+    add_device_options(add)
     return parser.parse_args(argv)
 
 
@@ -181,24 +170,27 @@ def main(argv=None):
     args = parse_args(argv)
     with parallel.processes(args.device):
         device, dtype = choose_device(args.device, args.dtype)
-        if not args.to.endswith(".jsonl"):
-            raise ValueError(f"--to {args.to}: a .jsonl file was expected")
-        there = [path.parent.name for path in sorted(Path(args.out).glob("*/samples.jsonl"))]
-        names = args.model or there
-        if not names or not set(names) <= set(there):
-            raise ValueError(f"no samples of {' or '.join(names) or 'a model'} under {args.out}/: "
-                             f"run python sample.py first")
-        judges = {}  # folder -> (judge, fingerprint)
-        for name in names:
+        if not args.to.endswith(".jsonl") or args.to.startswith(OTHERS):
+            raise ValueError(f"--to {args.to}: expected a .jsonl file, its name not to begin with "
+                             f"{', '.join(OTHERS)}")
+        there = sorted(path.parent.name for path in Path(args.out).glob("*/samples.jsonl"))
+        judged = {}  # of each judge: {model: text around its questions}
+        for name in args.model or there or ["*"]:  # all, before anything is written
+            origin = read_settings(Path(args.out, name, "samples.jsonl"), "prompt")
+            if not origin:
+                raise ValueError(f"no samples of {name} under {args.out}/: run python sample.py")
+            read_settings(Path(args.out, name, args.to), "kind")
             teacher = "teacher-small" if name.endswith("-small") else "teacher"
             source = args.judge or os.path.join(args.out, teacher)
-            if source not in judges:
-                lm, tokenizer = LM.from_pretrained(source, device, dtype), load_tokenizer(source)
-                judges[source] = KINDS[args.kind](lm.eval(), tokenizer), hub.fingerprint(source)
-            judge, weights = judges[source]
-            settings = dict(kind=args.kind, aggregate=args.aggregate, weights=weights)
-            with parallel.exclusively(os.path.join(args.out, name)) as folder:
-                score_samples(folder, args.to, judge, settings, args.tokens)
+            judged.setdefault(source, {})[name] = origin["prompt"]
+        for source, prompts in judged.items():
+            lm, tokenizer = LM.from_pretrained(source, device, dtype), load_tokenizer(source)
+            judge, weights = KINDS[args.kind](lm.eval(), tokenizer), hub.fingerprint(source)
+            for name, prompt in prompts.items():
+                settings = dict(kind=args.kind, aggregate=args.aggregate, prompt=prompt,
+                                weights=weights)
+                with parallel.exclusively(os.path.join(args.out, name)) as folder:
+                    score_samples(folder, args.to, judge, settings, args.tokens)
 
 
 if __name__ == "__main__":

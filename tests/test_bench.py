@@ -62,7 +62,7 @@ def test_what_is_timed_is_what_samples(pattern):
     """A full batch draws what sample.generate does. Red if it leaves out a part of a step."""
     empty, prompts = empty_models("tiny", FLOAT)[pattern], [[5, 6, 7], [8, 9, 1]]
     batch = bench.full_batch(empty, CPU, 2, 3, 12)
-    batch.start([0, 1], [(0, 0), (1, 0)], 0, sample.Prompts(batch.lm, prompts))
+    batch.start([0, 1], [(0, 0), (1, 0)], 0, prompts)
     for _ in range(12):
         sample.advance(batch)
     texts = sample.generate(batch.lm, prompts, max_new_tokens=12, temperature=0.8)

@@ -98,6 +98,7 @@ def world(tmp_path, tiny_out, monkeypatch):
     for path in "samples.jsonl", "models/pure/samples.jsonl":
         Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("prompt").write_text("Q: {question}")
+    Path("models/pure/samples.json").write_text('{"settings": {"prompt": "{question}"}}')
     monkeypatch.setattr(torch, "compile", lambda f: f)
     counts = []
     for owner, name in ((distill.Progress, "save"), (distill.Batch, "piece"), (torch, "compile"),

@@ -70,7 +70,7 @@ def literal_likelihood(lm, tokenizer, record):
     answer = tokenizer.encode(record["completion"])
     answer += tokenizer.eos_ids[:1] if record["finish"] == "stop" else []
     logits = lm(torch.tensor([prompt + answer]))[0].log_softmax(-1)
-    return math.exp(sum(logits[len(prompt) - 1 + i, token] for i, token in enumerate(answer)))
+    return [math.exp(sum(logits[len(prompt) - 1 + i, token] for i, token in enumerate(answer)))]
 
 
 def literal_process(lm, tokenizer, record):
@@ -85,11 +85,12 @@ def literal_process(lm, tokenizer, record):
     return found
 
 
-@pytest.mark.parametrize("options, definition", [
-    ([], literal_likelihood), (["--kind", "process"], lambda *a: literal_process(*a)[-1]),
-    (["--kind", "process", "--aggregate", "min"], lambda *a: min(literal_process(*a))),
-    (["--kind", "process", "--aggregate", "prod"], lambda *a: math.prod(literal_process(*a)))])
-def test_every_sample_has_the_score_of_the_definition(out, judge, options, definition):
+@pytest.mark.parametrize("options, definition, aggregate", [
+    ([], literal_likelihood, min),
+    (["--kind", "process"], literal_process, lambda steps: steps[-1]),
+    (["--kind", "process", "--aggregate", "min"], literal_process, min),
+    (["--kind", "process", "--aggregate", "prod"], literal_process, math.prod)])
+def test_every_sample_has_the_score_of_the_definition(out, judge, options, definition, aggregate):
     """Of every model, in padded batches; the prompt is that of the samples. seconds grows, crc and
     num_tokens tell which text was read. Red if padding or a later step leaks into a score."""
     run(judge, *options)
@@ -101,7 +102,7 @@ def test_every_sample_has_the_score_of_the_definition(out, judge, options, defin
             assert list(row) == ["problem", "sample", "score", "num_tokens", "seconds", "crc"]
             record = samples[row["problem"], row["sample"]]
             assert row["crc"] == f"{zlib.crc32(record['completion'].encode()):08x}"
-            expected = definition(lm, load_tokenizer(judge), record)
+            expected = aggregate(definition(lm, load_tokenizer(judge), record))
             assert row["score"] == pytest.approx(expected, **CLOSE)
         seconds = [row["seconds"] for row in lines(folder)]
         assert seconds == sorted(seconds) and seconds[-1] > 0
@@ -124,25 +125,27 @@ def test_batches_are_full_and_every_text_comes_once_and_early():
 
 
 # ---- runs
-@pytest.mark.parametrize("keep, torn", [(7, True), (7, False), (0, True)])
-def test_a_killed_run_goes_on_and_later_samples_are_scored_too(out, judge, keep, torn):
+def test_a_killed_run_goes_on_and_later_samples_are_scored_too(out, judge, capsys):
     """Cut after some lines, in the middle of one: what is there stays, the rest is scored in other
-    batches, and the clock goes on. A finished run changes nothing."""
+    batches, and the clock goes on. A finished run says so and changes nothing."""
     folder, path = out / "pure", out / "pure" / "scores.jsonl"
     rows = lines(folder, "samples.jsonl")
     run(judge, "--model", "pure", "--to", "all.jsonl")
     write(folder, rows[:12])
     run(judge, "--model", "pure")
-    kept = path.read_bytes().splitlines(keepends=True)
-    assert len(kept) == 12
-    path.write_bytes(b"".join(kept[:keep]) + kept[keep][:-9] * torn)
+    first = path.read_bytes().splitlines(keepends=True)
     write(folder, rows)
-    for _ in range(2):
-        run(judge, "--model", "pure")
-        assert path.read_bytes().startswith(b"".join(kept[:keep])) and len(lines(folder)) == 20
+    for keep, torn in (12, False), (7, True), (7, False), (0, True):
+        kept = b"".join(first[:keep])
+        path.write_bytes(kept + first[keep - 12][:-9] * torn)
+        for _ in range(2):
+            run(judge, "--model", "pure")
+            assert path.read_bytes().startswith(kept) and len(lines(folder)) == 20
+        assert capsys.readouterr().out.endswith("scores.jsonl: 20 scores, finished\n")
         assert scores(folder) == pytest.approx(scores(folder, "all.jsonl"), **CLOSE)
-    seconds = [row["seconds"] for row in lines(folder)]
-    assert seconds == sorted(seconds) and not (out / "teacher" / "scores.jsonl").exists()
+        seconds = [row["seconds"] for row in lines(folder)]
+        assert seconds == sorted(seconds)
+    assert len(first) == 12 and not (out / "teacher" / "scores.jsonl").exists()
 
 
 def test_two_processes_share_the_samples(out, judge):
@@ -171,18 +174,23 @@ def test_by_default_the_teacher_judges(out, judge):
     ("aggregate = .* there, .* now", "--aggregate min"), ("kind = .* now", "--kind process"),
     ("dtype = .* there, .* now", "--dtype bfloat16"), ("weights = .* now", "minus"),
     ("nowhere", "nowhere"), ('no process reward model.*"-"', "minus --kind process"),
-    ("no samples of other under out/: run python sample.py", "--model other"),
-    ("no samples of pure under empty/", "--out empty"), ("a .jsonl file", "--to scores.json"),
-    ("samples.jsonl, line 1: score is", "--to samples.jsonl"),
-    ("config.json, the settings", "--to config.jsonl"), ("notes.json, the", "--to notes.jsonl"),
-    ("scores.jsonl: problem 0, .* of another run", dict(completion="sampled again")),
-    ("scores.jsonl: problem 0, .* of another run", dict(sample=77)),
+    ("no samples of other under out/: run python sample.py", "--model teacher other"),
+    ("no samples of pure under empty/", "--out empty"),
+    *((f"--to {to}: expected a .jsonl", f"--to {to}") for to in (
+        "samples.jsonl config.jsonl model.jsonl results.jsonl training.jsonl metrics.jsonl "
+        "tokenizer.tiktoken.jsonl scores.json").split()),
+    *((f"{name}.json, the settings", f"--to {name}.jsonl --model teacher pure")
+      for name in ("text", "mine", "list")),
+    *(("scores.jsonl: problem 0, .* of another run", change)
+      for change in (dict(completion="sampled again"), dict(sample=77))),
     ("samples.jsonl, line 1: question is", dict(question=1))], ids=str)
 def test_a_mistake_is_told_in_one_line_and_changes_no_file(out, judge, tiny_out, message, line):
-    """Another judge or none, others' files, nothing to judge, or a sample with other fields."""
+    """Another judge or none, others' files, in the last of the models too, nothing to judge, or a
+    sample with other fields."""
     run(judge, "--model", "pure")
-    (out / "pure" / "config.json").write_text('{"vocab_size": 597}')
-    (out / "pure" / "notes.jsonl").write_text("a line without an end")
+    (out / "pure" / "text.jsonl").write_text("a line without an end")
+    for name, settings in dict(mine='{"a": 1}', list="[]").items():
+        (out / "pure" / f"{name}.json").write_text(f'{{"settings": {settings}}}')
     path = Path(shutil.copytree(tiny_out / "teacher", "minus"), data.TOKENIZER_FILE)
     definition = json.loads(path.read_text())
     definition["ranks"][ord("-")] = None
