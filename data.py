@@ -42,8 +42,8 @@ class Problem:
 #   \boxed{8973}
 #
 # Additions are easy and fill the page; a multiplication, done in the head, a small model gets right
-# only some of the time: many rounds are hard, and so are large numbers. They are coprime to 10, so
-# that a round maps no two values to one: the answer is right only if the whole chain is.
+# only some of the time: many rounds are hard, and so are large numbers. NUMBERS are coprime to 10,
+# so that a round maps no two values to one: the answer is right only if the whole chain is.
 ROUNDS, NUMBERS = (1, 6), (3, 7, 11, 13, 17)
 TRAIN_PROBLEMS, TEST_PROBLEMS = 50_000, 1_000
 

@@ -22,6 +22,7 @@ from common import Parser, crc, folder_name, number, read_json, read_jsonl, run,
 from verdict import extract_answer, groups, is_correct
 
 SCORED = "best_of_n", "weighted"  # rules that take the time of a judge's scoring, too
+# Records are lines of samples.jsonl as dicts, with a judge's `score` and its moment, `scored`.
 
 
 # ---- votes
@@ -151,16 +152,16 @@ def best_rule(curves):
 def ahead(teacher, student, seed):
     """Where a student's Curve is ahead of its teacher's: an entry of results.json, leads in points.
 
-    We look when the teacher has just completed a round: just before, the student would look best.
-    Its rounds within 1% of that time count too: the first rows of a batch end almost together.
-    The interval knows nothing of our picking the best moment.
+    They are compared when the teacher has just completed a round: just before, the student would
+    look too good. Rounds that end in the next 1% of the time count as done: the first rows of a
+    batch end almost together. The interval does not account for picking the best moment.
     """
     moments = teacher.seconds  # (M,)
     leads = 100 * (student.at(moments) - teacher.at(1.01 * moments))  # (P, M)
     means = np.nan_to_num(leads.mean(0), nan=-np.inf)  # nan before the student's first round
-    edges = np.flatnonzero(np.diff([0, *(means > 1e-9), 0])).reshape(-1, 2)  # first, last + 1
+    edges = np.flatnonzero(np.diff([0, *(means > 1e-9), 0])).reshape(-1, 2)  # of stretches ahead
     best = means.argmax()
-    speeds = [teacher.when(value) / (student.when(value) or np.inf)
+    speeds = [teacher.when(value) / (student.when(value) or np.inf)  # no ratio to 0 seconds
               for value in teacher.values.mean(0) if value > 0]
     speeds = [speed for speed in speeds if speed > 0]  # to the values that both reach
     return dict(budgets=moments[edges - [0, 1]].tolist(), seconds=float(moments[best]),

@@ -59,14 +59,14 @@ def uniforms(keys, steps):
 
 # ---- choosing a token
 def keep_likely(logits, top_k, top_p):
-    """Logits (B, V), -inf but for the top_k, then but for the likeliest of mass top_p."""
+    """Logits (B, V), -inf outside the top_k, then outside the fewest likeliest of mass top_p."""
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
     if top_p < 1:
         values, order = logits.sort(descending=True, stable=True)
         p = values.softmax(-1)
         top_p = max(top_p, 1e-30)  # 1e-300 is 0 in float32
-        unlikely = p.cumsum(-1) - p >= top_p  # the likelier tokens have that mass without it
+        unlikely = p.cumsum(-1) - p >= top_p  # likelier tokens already have that mass
         logits = logits.scatter(1, order, values.masked_fill(unlikely, float("-inf")))
     return logits
 
@@ -156,7 +156,7 @@ class Batch:
 
     def step(self):
         """One more token in every row, without waiting for a number to reach the host. A done row
-        runs along: it starts over at length 0, and its token goes behind its end."""
+        runs along, at length 0, and its token lands behind its text, where nobody reads it."""
         tokens = self.choose(self.logits, uniforms(self.keys, self.steps))  # (B,)
         self.tokens.scatter_(1, self.steps[:, None], tokens[:, None])
         self.steps += ~self.done
@@ -185,7 +185,7 @@ def generate(lm, prompts, *, num_samples=1, max_new_tokens=256, temperature=1.0,
     """Yield a Completion of every prompt, num_samples times, each as soon as it is finished.
 
     prompts: lists of token ids. skip: (problem, sample) pairs not to run. seconds: when to end;
-    rows still running are dropped. top_k and top_p act after the temperature; 0 is greedy. In
+    rows still running are dropped. top_k and top_p act after the temperature (0: greedy). In
     float32 on a CPU, batch_size and skip change no text, up to ties. ValueError at the call for
     arguments out of range, and later for logits that are nan or infinite.
     """
@@ -202,9 +202,9 @@ def generate(lm, prompts, *, num_samples=1, max_new_tokens=256, temperature=1.0,
         if owners:
             empty = [row for row in range(len(batch.done)) if row not in batch.owner]
             batch.start(empty[:len(owners)], owners, seed, prompts)
-        # 3. When nobody is left in line, the batch shrinks.
+        # 3. When nobody is left in line, the batch drops its empty rows.
         tidy(batch)
-        # 4. One more token in every row.
+        # 4. One more token in every row: batch.step(), on a GPU several, recorded.
         advance(batch)
         # 5. Read out the rows that are done, if they are in time.
         now = time.perf_counter() - began
