@@ -385,9 +385,10 @@ def test_the_picture_has_attention_and_what_replaces_it(command, tiny_out):
     tokens = [i for text in found["tokens"].tolist() for i in (
         [tokenizer.special[text]] if text in tokenizer.special else tokenizer.encode(text))]
     with torch.no_grad():
-        states, rope = distill.teacher_states(teacher, torch.tensor([tokens]))
+        *_, x, _ = itertools.islice(teacher.hidden_states(torch.tensor([tokens])), 3)
+        rope = teacher.rope(torch.arange(length)[None])
         for key, lm in ("teacher", teacher), ("end", student):
-            matrix = lm.layers[1].mixing_matrix(states[1], rope)[0, :3]
+            matrix = lm.layers[1].mixing_matrix(x, rope)[0, :3]
             assert_close(torch.tensor(found[key]), matrix, torch.float16)
     for key in ("teacher", *stages):
         assert found[key].shape == (2, length, length) and found[key].dtype == np.float16
@@ -505,7 +506,7 @@ def test_a_damaged_checkpoint_is_named(command, stopped, damage):
     (stopped / "training.pt").write_bytes(content[:dict(empty=0, cut=half).get(damage)])
     if damage == "another's":
         torch.save(dict(position=dict(stage=0)), stopped / "training.pt")
-    with pytest.raises(ValueError, match="training.pt is not a readable checkpoint.*delete it"):
+    with pytest.raises(ValueError, match="training.pt .delete it to start over. cannot be used"):
         command()
 
 
