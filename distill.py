@@ -234,13 +234,13 @@ def gradient(pair, stage, batch, hardware):
 
 
 # ---- students
-# Recipe, mixer, layers that keep attention.
+# recipe, mixer, layers that keep attention
 STUDENTS = dict(pure=("mohawk", "mamba2", ()), hybrid=("mambainllama", "mamba2", (1,)))
-# Each recipe's stages and their steps.
+# a recipe's stages and their steps
 STEPS = dict(mohawk=dict(matrices=60, hidden=200, kl=4400, sft=0),
              mambainllama=dict(kl=4500, sft=0))
-MATRIX_LENGTH = 128  # tokens of a sequence in orientation, whose memory grows with its square
-START = dict(arithmetic=0.15)  # a task's curriculum; others have none
+MATRIX_LENGTH = 128  # tokens of a row in orientation: memory grows with its square
+START = dict(arithmetic=0.15)  # of a task's curriculum; others have none
 
 
 def sft(student, teacher, batch):
@@ -346,7 +346,6 @@ class Progress:
             tokenizer.save(self.folder)
             hub.write_checkpoint(self.folder, vars(lm.config), weights)
             (self.folder / "training.pt").unlink(missing_ok=True)
-        parallel.wait()  # the others may read it next
 
 
 def mixing_matrices(student, teacher, tokens):
@@ -431,14 +430,15 @@ def add_shared_options(parser):
     add("--subset-seed", type=number(0), help="take them at random; default: the first")
     add("--prompt-file", help="text around {question}; default: an instruction to reason, nothing "
         "for arithmetic")
+    add("--seed", type=number(0, 2 ** 31), default=0, help="of weights and the data's order")
     add = parser.add_argument_group("where and how to compute").add_argument
     add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     add("--dtype", choices=["float32", "bfloat16"], help="of autocast; default: bfloat16 on cuda")
-    add("--accumulate", type=number(1), default=1, help="pieces of a batch: less memory")
-    add("--checkpoint-activations", action="store_true", help="compute twice: less memory")
+    add("--accumulate", type=number(1), default=1, help="pieces of a batch, for less memory")
+    add("--checkpoint-activations", action="store_true", help="for less memory")
     add("--compile", action="store_true", help="use torch.compile")
     add("--log-every", type=number(1), default=100, help="steps")
-    add("--save-every", type=number(1), default=100, help="steps between checkpoints")
+    add("--save-every", type=number(1), default=100, help="steps")
     add("--out", default="out", help="models go to OUT/<name>")
 
 
@@ -515,8 +515,8 @@ def parse_args(argv=None):
     add("--recipe", choices=STEPS, help="default: mohawk for pure, mambainllama for hybrid")
     add("--mixer", choices=[word for word, mixer in MIXERS.items() if mixer in FROM_ATTENTION],
         help="instead of attention; default: mamba2")
-    add("--attention-layers", type=layer_list, metavar="I,J", help="that stay, or none; default: "
-        "none for pure, 1 for hybrid")
+    add("--attention-layers", type=layer_list, metavar="I,J", help="that stay; default: none for "
+        "pure, 1 for hybrid")
     add("--d-state", type=number(1, 65536), help="default: head_dim for mamba2, 16 for mamba")
     add("--random-mixers", action="store_true", help="do not transfer attention's weights")
     add = parser.add_argument_group("how to learn").add_argument
@@ -528,7 +528,6 @@ def parse_args(argv=None):
         "arithmetic, else 2e-3, less above a width of 64")
     add("--batch-tokens", type=number(1), help="tokens a step, padding included; default: 768 for "
         "arithmetic, else 6144")
-    add("--seed", type=number(0, 2 ** 31), default=0, help="of weights and the data's order")
     add("--only-right", action="store_true", help="leave out solutions with a wrong answer")
     add_shared_options(parser)
     return parser.parse_args(argv)

@@ -62,12 +62,11 @@ def processes(device):
         yield
         return
     gpus, here = torch.cuda.device_count() * (device != "cpu"), int(os.environ["LOCAL_WORLD_SIZE"])
-    dist.init_process_group("nccl" if gpus else "gloo",
-                            timeout=datetime.timedelta(days=1))  # some wait while one works
+    day = datetime.timedelta(days=1)  # some wait while one works
+    dist.init_process_group("nccl" if gpus else "gloo", timeout=day)
     try:
         if 0 < gpus < here:
-            raise ValueError(f"--nproc_per_node={here}, but there are {gpus} GPUs: lower it, or "
-                             f"use --device cpu")
+            raise ValueError(f"--nproc_per_node={here}: only {gpus} GPUs; or use --device cpu")
         if gpus:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         with contextlib.redirect_stdout(open(os.devnull, "w") if rank() else sys.stdout):
@@ -79,7 +78,7 @@ def processes(device):
     wait()
     dist.destroy_process_group()
     sys.stdout.flush()
-    os._exit(0)  # else PyTorch's threads race with Python's: one end in twenty aborts
+    os._exit(0)  # else one end in twenty aborts: PyTorch's threads race with Python's
 
 
 # ---- FSDP2
@@ -97,13 +96,13 @@ class Pair(nn.Module):
     @torch.no_grad()
     def without_gradient(self, loss, batch):
         found = self(loss, batch)
-        if world() > 1:  # the embeddings wait, gathered, for a backward pass that does not come:
-            self.reshard()  # an optimizer made now would train copies that are thrown away
+        if world() > 1:  # or an optimizer made next would train gathered copies of embeddings
+            self.reshard()
         return found
 
 
 def shard(pair, device):
-    """The Pair on its device, or spread over those of all processes."""
+    """The Pair on its device, or spread over all processes'."""
     if world() == 1:
         return pair.to(device)
     mesh = dist.device_mesh.init_device_mesh(device.type, (world(),))
@@ -122,7 +121,7 @@ def whole_state(lm, *optimizers):
 def load_whole_state(lm, optimizer, state):
     """Give every process its part of a whole_state."""
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world() > 1,
-                               strict=False)  # a weight that no loss has reached has no moments
+                               strict=False)  # weights that no loss has reached have no moments
     set_state_dict(lm, optimizer, model_state_dict=state["model"],
                    optim_state_dict=state["optimizer"], options=options)
 

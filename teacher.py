@@ -1,10 +1,10 @@
 """Make a teacher: train a Transformer from scratch, or fine-tune a Llama, on worked solutions.
 
-    python teacher.py                                  the built-in task's, anew, in out/teacher
-    python teacher.py --from SmolLM2 --task gsm8k      a copy of a Llama, fine-tuned on a task
+    python teacher.py                              the built-in task's, anew, in out/teacher
+    python teacher.py --from folder --task gsm8k   a copy of a Llama, fine-tuned on a task
 
 Reads   a task, and with --from a checkpoint
-Writes  out/teacher/, as distill.py does; it goes on after a stop as distill.py does
+Writes  out/teacher/, and goes on after a stop, as distill.py does
 """
 import os
 
@@ -33,7 +33,6 @@ def parse_args(argv=None):
     add("--lr", type=number(1e-9, 100, float), help=f"peak learning rate; default: {SCRATCH[1]}, "
         f"with --from {FINE_TUNING[1]}")
     add("--batch-tokens", type=number(1), default=6144, help="tokens a step, padding included")
-    add("--seed", type=number(0, 2 ** 31), default=0, help="of weights and the data's order")
     add_shared_options(parser)
     return parser.parse_args(argv)
 
