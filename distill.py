@@ -6,8 +6,7 @@
 
 Reads   a teacher's checkpoint, a task
 Writes  out/<name>/: the model; training.json, its settings; metrics.jsonl, the training curves;
-        matrices.npz, how attention became a Mamba
-The same command goes on with a killed run.
+        matrices.npz, how attention became a Mamba. The same command goes on with a killed run.
 """
 import io
 import itertools
@@ -128,23 +127,24 @@ def collate(pairs):
                    for rows, padding in ((tokens, 0), (labels, IGNORE), (valid, False))))
 
 
-def batches(pairs, tokens_per_batch, max_length, seed, share=lambda step: 1.0):
+def batches(pairs, tokens_per_batch, max_length, seed, steps=0, start=1.0):
     """Endless Batches of (prompt, answer) pairs, the same ones for a seed.
 
-    Sequences of like length go together: at most tokens_per_batch with padding, or one alone.
-    share(step): take only those up to this share of the longest length.
+    Sequences of like length go together: at most tokens_per_batch with padding, or one alone. A
+    stage of `steps` starts with those up to `start` of the longest, and has all from its half on.
     """
     def length(pair):
         return len(pair[0]) + len(pair[1])
     rng, step = random.Random(seed), 0
     while True:
         before, order = step, rng.sample(range(len(pairs)), len(pairs))
-        for start in range(0, len(order), 512):
-            pool = sorted((pairs[i] for i in order[start:start + 512]), key=length)
+        for first in range(0, len(order), 512):
+            pool = sorted((pairs[i] for i in order[first:first + 512]), key=length)
             pool = [pair for pair in pool if length(pair) <= max_length]
-            kept = [pair for pair in pool if length(pair) <= share(step) * length(pool[-1])]
+            share = min(1.0, start + (1 - start) * step / max(1, 0.5 * steps))
+            short = [pair for pair in pool if length(pair) <= share * length(pool[-1])]
             groups = [[]]
-            for pair in kept or pool:
+            for pair in short or pool:
                 if groups[-1] and (len(groups[-1]) + 1) * length(pair) > tokens_per_batch:
                     groups.append([])
                 groups[-1].append(pair)
@@ -154,11 +154,6 @@ def batches(pairs, tokens_per_batch, max_length, seed, share=lambda step: 1.0):
                 step += 1
         if step == before:
             raise ValueError(f"every solution is longer than max_length = {max_length} tokens")
-
-
-def curriculum(steps, start):
-    """For batches: a share that grows from `start` to 1 over the first half of a stage."""
-    return lambda step: min(1.0, start + (1 - start) * step / max(1, 0.5 * steps))
 
 
 # ---- the training loop
@@ -180,7 +175,7 @@ def learning_rate(step, steps, peak):
 
 
 def make_optimizer(lm, lr):
-    """AdamW. Only matrices decay: gains and memory lengths would be pulled to an arbitrary 0."""
+    """AdamW. Only matrices decay: for gains and memory lengths 0 is an arbitrary value."""
     matrices, others = dict(params=[], weight_decay=0.1), dict(params=[], weight_decay=0.0)
     for name, parameter in lm.named_parameters():
         if parameter.requires_grad:
@@ -240,7 +235,7 @@ STUDENTS = dict(pure=("mohawk", "mamba2", ()), hybrid=("mambainllama", "mamba2",
 STEPS = dict(mohawk=dict(matrices=60, hidden=200, kl=4400, sft=0),
              mambainllama=dict(kl=4500, sft=0))
 MATRIX_LENGTH = 128  # tokens of a row in orientation: memory grows with its square
-START = dict(arithmetic=0.15)  # of a task's curriculum; others have none
+START = dict(arithmetic=0.15)  # a task's, see batches; others have none
 
 
 def sft(student, teacher, batch):
@@ -314,18 +309,19 @@ class Progress:
             self.saved = None
 
     def log(self, stage, lr, norm):
-        """A line for the reader, and the same in metrics.jsonl for plot.py."""
+        """To the reader, and to metrics.jsonl."""
         loss, seconds = sum(self.losses) / len(self.losses), time.perf_counter() - self.began[0]
         self.losses = []
         if not math.isfinite(loss):
             raise ValueError(f"the loss of stage {stage.name} is {loss} at step {self.step}: "
-                             f"lower --lr or try another --seed")
+                             f"lower --lr or change --seed")
+        speed = round((self.tokens - self.began[1]) / seconds)
+        print(f"{self.folder.name} {stage.name} {self.step}/{stage.steps} | loss {loss:.4f} | grad "
+              f"{norm:.2f} | lr {lr:.1e} | {speed:,} tokens/s | {seconds:.0f} s | eta "
+              f"{seconds * (stage.steps / self.step - 1):.0f} s", flush=True)
         record = dict(stage=stage.name, step=self.step, steps=stage.steps, tokens=self.tokens,
                       loss=loss, grad_norm=float(norm), lr=lr, seconds=round(seconds, 2),
-                      tokens_per_second=round((self.tokens - self.began[1]) / seconds))
-        print("{} {stage} {step}/{steps} | loss {loss:.4f} | grad {grad_norm:.2f} | lr {lr:.1e} | "
-              "{tokens_per_second:,} tokens/s | {seconds:.0f} s | eta {:.0f} s".format(
-                  self.folder.name, seconds * (stage.steps / self.step - 1), **record), flush=True)
+                      tokens_per_second=speed)
         if not parallel.rank():
             with open(self.folder / "metrics.jsonl", "ab") as file:
                 file.write(json_line(record))
@@ -361,9 +357,9 @@ def mixing_matrices(student, teacher, tokens):
 
 @dataclass
 class Hardware:
-    """Where and how to compute: it changes speed and memory, not what is learnt."""
-    device: torch.device
-    dtype: torch.dtype  # of autocast; weights, moments and losses stay float32
+    """The options of where and how to compute: speed and memory, not what is learnt."""
+    device: torch.device  # given as choose_device takes it
+    dtype: torch.dtype  # likewise, of autocast: weights, moments and losses stay float32
     accumulate: int
     checkpoint_activations: bool
     compile: bool
@@ -371,12 +367,13 @@ class Hardware:
     save_every: int
 
     def __post_init__(self):
+        self.device, self.dtype = choose_device(self.device, self.dtype)
         if self.compile and not shutil.which(os.environ.get("CXX", "c++")):
             raise ValueError("--compile needs a C++ compiler: install g++, or set CXX")
 
 
 def ready(lm, teacher, hardware):
-    """Their Pair on its device. Only a block's forward is wrapped: weights keep their names."""
+    """Their Pair on its device. Weights keep their names."""
     pair = parallel.Pair(lm, teacher)
     for block in pair.blocks if hardware.compile else ():
         block.forward = torch.compile(block.forward)
@@ -387,8 +384,7 @@ def ready(lm, teacher, hardware):
 
 
 def train_in(folder, settings, pairs, stages, lm, teacher, hardware, start):
-    """Train a model, with a teacher or None, and save it in `folder`. settings: all that decides
-    what is learnt."""
+    """Train a model, with a teacher or None. settings: all that decides what it learns."""
     with parallel.exclusively(folder):
         progress = Progress(folder, settings)
         if progress.is_finished:
@@ -396,12 +392,12 @@ def train_in(folder, settings, pairs, stages, lm, teacher, hardware, start):
             print(f"{folder}: finished", flush=True)
             return
         print(f"{folder}: {lm.num_parameters():,} parameters, steps", settings["steps"], flush=True)
-        # to draw: 96 tokens of the first solution that has them
+        # to draw, of the first solution that is long enough
         ids = next((p + a for p, a in pairs if len(p + a) >= 96), sum(pairs[0], []))[:96]
         progress.example = torch.tensor([ids], device=hardware.device)
         for index, stage in enumerate(stages):
             stage.batches = batches(pairs, settings["batch_tokens"], lm.config.max_length,
-                                    f"{settings['seed']} {index}", curriculum(stage.steps, start))
+                                    f"{settings['seed']} {index}", stage.steps, start)
         pair = ready(lm, teacher, hardware)
         if not progress.tokens:
             progress.picture("transfer", pair)
@@ -448,7 +444,7 @@ def load_pairs(tokenizer, task, limit, subset_seed, prompt_file, only_right=Fals
         not only_right or is_correct(extract_answer(p.solution) or "", p.answer))]
     if not problems:
         raise ValueError(f"{task} has no {'right ' * only_right}worked solutions to train on: a "
-                         f"column `solution`, or finished samples with a \\boxed{{}} answer")
+                         f"column `solution`, or finished samples with a \\boxed{{}}")
     template = prompt_template(task, prompt_file)
     content = crc(Path(task).read_bytes()) if os.path.isfile(task) else None
     settings = dict(task=task, content=content, template=template, only_right=only_right,
@@ -463,8 +459,8 @@ def built_in_teacher(folder, task):
     """The teacher in a folder; for arithmetic the one that ships is copied there."""
     if not parallel.rank() and not (folder / "config.json").exists():
         if task != "arithmetic" or (folder / "training.pt").exists():
-            raise ValueError(f"no finished teacher in {folder}: run python teacher.py first, or "
-                             f"name a --teacher")
+            raise ValueError(f"no finished teacher in {folder}: run python teacher.py, or use "
+                             f"--teacher")
         print(f"{folder}: the teacher that ships", flush=True)
         assets = Path(__file__).parent / "assets" / folder.name
         for file in sorted(assets.iterdir(), reverse=True):  # config.json is the last
@@ -476,31 +472,28 @@ def built_in_teacher(folder, task):
 
 def student_settings(name, config, task, recipe, mixer, layers, steps, scale, lr, batch_tokens):
     """How a student of a teacher of this Config is made: as asked for, or by its name and task."""
-    defaults = STUDENTS.get(name.split("-")[0], STUDENTS["pure"])
-    recipe, mixer = recipe or defaults[0], mixer or defaults[1]
-    layers = defaults[2] if layers is None else layers
+    student = STUDENTS.get(name.split("-")[0], STUDENTS["pure"])
+    recipe, mixer = recipe or student[0], mixer or student[1]
+    layers = student[2] if layers is None else layers
     mixers = [kept if i in layers else mixer for i, kept in enumerate(config.mixers)]
-    if not set(layers) <= set(range(config.n_layers)) or mixers == config.mixers:
+    if mixers == config.mixers or not {*layers} <= {*range(config.n_layers)}:
         raise ValueError(f"--attention-layers {layers}: nothing to distil; keep some, not all, of "
                          f"layers 0 to {config.n_layers - 1}")
     steps = {stage: steps.get(stage, steps.get("all", round(count * scale)))
              for stage, count in STEPS[recipe].items()}
     if steps.get("matrices") and not hasattr(MIXERS[mixer], "mixing_matrix"):
         raise ValueError(f"--mixer {mixer} has no matrix to orient: add --steps matrices=0")
-    # the built-in task's batches are cheap, and it is updates that count
-    task_lr, task_tokens = (5e-4, 768) if task == "arithmetic" else (
-        2e-3 * min(1.0, 64 / config.d_model), 6144)
-    return dict(recipe=recipe, mixers=mixers, steps=steps, lr=lr or task_lr,
-                batch_tokens=batch_tokens or task_tokens)
+    # the built-in task's batches are cheap: it is updates that count
+    usual = (5e-4, 768) if task == "arithmetic" else (2e-3 * min(1.0, 64 / config.d_model), 6144)
+    return dict(recipe=recipe, mixers=mixers, steps=steps, lr=lr or usual[0],
+                batch_tokens=batch_tokens or usual[1])
 
 
-def layer_list(text):
-    """"0,2" -> (0, 2), "none" -> ()."""
+def layer_list(text):  # "0,2" or "none"
     return tuple(map(int, text.split(","))) if text != "none" else ()
 
 
-def stage_steps(text):
-    """"kl=200" -> ("kl", 200), "200" -> ("all", 200)."""
+def stage_steps(text):  # "kl=200", or "200" for all
     stage, _, count = text.rpartition("=")
     return stage or "all", number(0)(count)
 
@@ -522,12 +515,12 @@ def parse_args(argv=None):
     add = parser.add_argument_group("how to learn").add_argument
     add("--steps", nargs="+", type=stage_steps, default=[], metavar="[STAGE=]N",
         help=f"of a stage or all; default, times --scale: {STEPS}")
-    add("--scale", type=number(0, 1e6, float), default=1.0, help="of default steps")
+    add("--scale", type=number(0, 1e6, float), default=1.0, help="of steps")
     add("--kl", choices=["forward", "reverse"], default="forward", help="which divergence")
-    add("--lr", type=number(1e-9, 100, float), help="peak learning rate; default: 5e-4 for "
-        "arithmetic, else 2e-3, less above a width of 64")
-    add("--batch-tokens", type=number(1), help="tokens a step, padding included; default: 768 for "
-        "arithmetic, else 6144")
+    add("--lr", type=number(1e-9, 100, float), help="at its peak; default: 5e-4 for arithmetic, "
+        "else 2e-3, less above a width of 64")
+    add("--batch-tokens", type=number(1), help="a step, with padding; default: 768 for arithmetic, "
+        "else 6144")
     add("--only-right", action="store_true", help="leave out solutions with a wrong answer")
     add_shared_options(parser)
     return parser.parse_args(argv)
@@ -537,9 +530,7 @@ def main(argv=None):
     args = parse_args(argv)
     steps, suffix = dict(args.steps), SUFFIX[args.size]
     with parallel.processes(args.device):
-        hardware = Hardware(*choose_device(args.device, args.dtype), args.accumulate,
-                            args.checkpoint_activations, args.compile, args.log_every,
-                            args.save_every)
+        hardware = Hardware(**{name: getattr(args, name) for name in Hardware.__annotations__})
         source = args.teacher or built_in_teacher(Path(args.out, "teacher" + suffix), args.task)
         config = Config(**hub.read_config(hub.checkpoint_folder(source)))
         students = {name + suffix: student_settings(

@@ -12,7 +12,7 @@ import torch
 
 import hub
 import parallel
-from common import Parser, choose_device, number, run
+from common import Parser, number, run
 from data import load_tokenizer
 from distill import (START, SUFFIX, Hardware, Stage, add_shared_options, load_pairs, sft,
                      train_in)
@@ -46,9 +46,7 @@ def main(argv=None):
     budget = dict(steps=args.steps or steps, lr=args.lr or lr, batch_tokens=args.batch_tokens,
                   seed=args.seed)
     with parallel.processes(args.device):
-        hardware = Hardware(*choose_device(args.device, args.dtype), args.accumulate,
-                            args.checkpoint_activations, args.compile, args.log_every,
-                            args.save_every)
+        hardware = Hardware(**{name: getattr(args, name) for name in Hardware.__annotations__})
         tokenizer = load_tokenizer(source or "arithmetic")
         torch.manual_seed(args.seed)
         if source:  # can solve the task already: no curriculum

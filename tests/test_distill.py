@@ -1,7 +1,6 @@
 """What distill.py promises: the losses are the papers' formulas over answer tokens and nothing
 else, each stage trains what it should, pieces change nothing, and a run that is killed anywhere
 ends byte for byte where an uninterrupted one ends."""
-import dataclasses
 import itertools
 import json
 import os
@@ -21,8 +20,8 @@ import distill
 import hub
 from conftest import assert_close
 from data import load_tokenizer
-from distill import (IGNORE, Batch, batches, collate, curriculum, hidden_loss, kl_loss,
-                     learning_rate, make_optimizer, matrix_loss)
+from distill import (IGNORE, Batch, batches, collate, hidden_loss, kl_loss, learning_rate,
+                     make_optimizer, matrix_loss)
 from model import LM, Config, student_from
 
 
@@ -169,12 +168,10 @@ def test_too_long_is_alone_or_left_out_or_an_error():
         next(batches(PAIRS, 300, 2, "0"))
 
 
-def test_the_curriculum_grows_to_all_lengths_in_half_of_a_stage():
+def test_a_stage_begins_with_short_sequences_and_has_all_from_its_half_on():
     """A pool of sequences keeps those up to the share of the longest at its first step."""
-    assert [*map(curriculum(20, 0.2), (0, 5, 10, 19))] == pytest.approx([0.2, 0.6, 1, 1])
-    assert curriculum(20, 1.0)(0) == 1
     longest = max(len(prompt + answer) for prompt, answer in PAIRS)
-    found = list(itertools.islice(batches(PAIRS, 300, 999, "0", curriculum(200, 0.2)), 200))
+    found = list(itertools.islice(batches(PAIRS, 300, 999, "0", steps=200, start=0.2), 200))
     lengths = [batch.tokens.shape[1] / longest for batch in found]
     assert max(lengths[:5]) <= 0.2 and max(lengths[:50]) < 0.6 and max(lengths) == 1
 
@@ -218,7 +215,8 @@ def test_only_matrices_decay(make_lm):
     assert sum(len(g["params"]) for g in make_optimizer(lm, 1e-3).param_groups) == len(pairs) - 1
 
 
-HERE = distill.Hardware(torch.device("cpu"), torch.float32, 1, False, False, 1, 1)
+HERE = dict(device="cpu", dtype=None, accumulate=1, checkpoint_activations=False, compile=False,
+            log_every=1, save_every=1)
 MIXED = [([1, 2, 3], [11, 12, 13, 14, 49]), ([4], [13, 49]), ([5, 6], [49]),
          ([7, 8, 9, 10, 11, 12], [3, 49]), ([9], [2, 2, 2, 49])]
 STAGES = {stage.name: stage for stage in distill.student_stages(
@@ -232,7 +230,8 @@ def test_pieces_and_checkpoints_change_no_gradient(make_lm, name, change):
     """Red if a piece's mean is weighted by 1 / pieces or by the wrong count: rows have one to five
     answer tokens. Red if a wrapper renames weights."""
     teacher, losses, gradients = make_lm(), [], []
-    for hardware in HERE, dataclasses.replace(HERE, **change):
+    for options in HERE, HERE | change:
+        hardware = distill.Hardware(**options)
         torch.manual_seed(0)
         student = student_from(teacher, ["mamba2", "attention", "mamba2"])
         names, pair = set(student.state_dict()), distill.ready(student, teacher, hardware)
