@@ -205,7 +205,7 @@ def train(progress, pair, stages, hardware):
             progress.tokens += batch.size("tokens")
             progress.losses.append(float(loss))
             if progress.step % hardware.log_every == 0 or progress.step == stage.steps:
-                progress.log(stage, lr, norm)
+                progress.log(stage, lr, float(norm))
             if progress.step % hardware.save_every == 0:
                 progress.save(lm, optimizer)
         progress.step = 0
@@ -320,7 +320,7 @@ class Progress:
               f"{norm:.2f} | lr {lr:.1e} | {speed:,} tokens/s | {seconds:.0f} s | eta "
               f"{seconds * (stage.steps / self.step - 1):.0f} s", flush=True)
         record = dict(stage=stage.name, step=self.step, steps=stage.steps, tokens=self.tokens,
-                      loss=loss, grad_norm=float(norm), lr=lr, seconds=round(seconds, 2),
+                      loss=loss, grad_norm=norm, lr=lr, seconds=round(seconds, 2),
                       tokens_per_second=speed)
         if not parallel.rank():
             with open(self.folder / "metrics.jsonl", "ab") as file:
