@@ -1,8 +1,8 @@
 """Several processes: torchrun's share one training or one sampling, run_all's have a job each.
 
 Under torchrun FSDP2 gives each process its part of every weight, gradient and moment; a block's
-weights are gathered around its call. Checkpoints hold whole tensors: a run can go on with more or
-fewer processes. Without torchrun there is one.
+weights are gathered around its call. Checkpoints hold whole tensors: the number of processes may
+change. Without torchrun there is one.
 """
 import contextlib
 import datetime
@@ -66,7 +66,7 @@ def processes(device):
     dist.init_process_group("nccl" if gpus else "gloo", timeout=day)
     try:
         if 0 < gpus < here:
-            raise ValueError(f"--nproc_per_node={here}: only {gpus} GPUs; or use --device cpu")
+            raise ValueError(f"--nproc_per_node={here}: lower it to {gpus}, or use --device cpu")
         if gpus:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         with contextlib.redirect_stdout(open(os.devnull, "w") if rank() else sys.stdout):
@@ -138,8 +138,8 @@ def begin(job, threads):
 
 
 def run_all(jobs, device):
-    """Call all jobs; on a CPU at once, each in a process with its share of the threads. One that
-    fails, or whatever ends the caller, ends them all."""
+    """Call all jobs; on a CPU at once, each in a process with its share of the threads. The end of
+    the caller, or of one that fails, ends them all."""
     if device.type != "cpu" or world() > 1 or len(jobs) == 1:
         for job in jobs:
             job()
@@ -150,7 +150,7 @@ def run_all(jobs, device):
     children = [spawn(target=begin, args=(job, threads), daemon=True) for job in jobs]
     for child in children:
         child.start()
-    # every code is asked for once a round: a sentinel is there a moment before its code is
+    # asked for once a round: a sentinel is there a moment before its code is
     while None in (codes := [child.exitcode for child in children]) and not any(codes):
         wait_for([child.sentinel for child, code in zip(children, codes) if code is None])
     if any(codes):
