@@ -159,8 +159,15 @@ def replace_file(path, write):
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
+        Path(temporary).touch()
+        mode = os.stat(temporary).st_mode  # safetensors would leave 0600
         write(temporary)
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
+    except Exception as error:
+        if type(error).__name__ not in ("RuntimeError", "SafetensorError"):
+            raise
+        raise OSError(f"{path} cannot be written, is the disk full? {first_line(error)}") from None
     finally:
         Path(temporary).unlink(missing_ok=True)
 

@@ -1,8 +1,8 @@
 """Several processes: torchrun's share one training or one sampling, run_all's have a job each.
 
 Under torchrun FSDP2 gives each process its part of every weight, gradient and moment; a block's
-weights are gathered, in float32, around its call. Checkpoints hold whole tensors: a run can go on
-with more or fewer processes. Without torchrun there is one.
+weights are gathered around its call. Checkpoints hold whole tensors: the number of processes may
+change. Without torchrun there is one.
 """
 import contextlib
 import datetime
@@ -25,7 +25,7 @@ from common import locked, run
 
 # ---- torchrun
 def rank():
-    """Which of the processes this is; 0 is the first."""
+    """Which process this is, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -49,7 +49,7 @@ def total(value):
 
 @contextlib.contextmanager
 def exclusively(folder):
-    """Work in a folder where no other command works: the first process locks it."""
+    """Work in a folder that the first process locks against other commands."""
     with contextlib.nullcontext() if rank() else locked(folder):
         wait()  # until it is there
         yield folder
@@ -58,7 +58,7 @@ def exclusively(folder):
 @contextlib.contextmanager
 def processes(device):
     """Meet torchrun's other processes. Only the first one prints; all end with the block."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
     gpus, here = torch.cuda.device_count() * (device != "cpu"), int(os.environ["LOCAL_WORLD_SIZE"])
@@ -66,25 +66,24 @@ def processes(device):
     dist.init_process_group("nccl" if gpus else "gloo", timeout=day)
     try:
         if 0 < gpus < here:
-            raise ValueError(f"--nproc_per_node={here}, but PyTorch finds {gpus} GPUs: lower it, "
-                             f"or use --device cpu")
+            raise ValueError(f"--nproc_per_node={here}: lower it to {gpus}, or use --device cpu")
         if gpus:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         with contextlib.redirect_stdout(open(os.devnull, "w") if rank() else sys.stdout):
             yield
     except Exception:
         if rank():
-            time.sleep(5)  # the first one speaks for all, and its end ends the others
+            time.sleep(5)  # the first one speaks for all, its end ends the others
         raise
     wait()
     dist.destroy_process_group()
     sys.stdout.flush()
-    os._exit(0)  # else PyTorch's threads race with Python's: one end in twenty aborts
+    os._exit(0)  # else one end in twenty aborts: PyTorch's threads race with Python's
 
 
 # ---- FSDP2
 class Pair(nn.Module):
-    """A model in training and its teacher or None: FSDP gathers their embeddings around a loss."""
+    """A model in training and its teacher or None: FSDP gathers embeddings around a call."""
 
     def __init__(self, lm, teacher=None):
         super().__init__()
@@ -94,9 +93,16 @@ class Pair(nn.Module):
     def forward(self, loss, batch):
         return loss(self.lm, self.teacher, batch)
 
+    @torch.no_grad()
+    def without_gradient(self, loss, batch):
+        found = self(loss, batch)
+        if world() > 1:  # or an optimizer made next would train gathered copies of embeddings
+            self.reshard()
+        return found
+
 
 def shard(pair, device):
-    """The Pair on its device, or spread over those of all processes."""
+    """The Pair on its device, or spread over all processes'."""
     if world() == 1:
         return pair.to(device)
     mesh = dist.device_mesh.init_device_mesh(device.type, (world(),))
@@ -106,35 +112,25 @@ def shard(pair, device):
     return fully_shard(pair, mesh=mesh)
 
 
-def without_gradient(pair, loss, batch):
-    """pair(loss, batch) in no_grad. FSDP leaves the embeddings gathered for a backward pass that
-    does not come: an optimizer made then would train copies that are thrown away."""
-    with torch.no_grad():
-        found = pair(loss, batch)
-    if world() > 1:
-        pair.reshard()
-    return found
-
-
 def whole_state(lm, *optimizers):
-    """Weights, and moments if there is an optimizer, as whole tensors in the first process."""
+    """dict(model=weights, optimizer=moments), whole tensors in the first process."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return dict(zip(("model", "optimizer"), get_state_dict(lm, optimizers, options=options)))
 
 
 def load_whole_state(lm, optimizer, state):
-    """Give every process its part of a whole_state. Not strict: weights that a loss does not reach,
-    such as out_proj in orientation, have no moments."""
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world() > 1, strict=False)
+    """Give every process its part of a whole_state."""
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world() > 1,
+                               strict=False)  # weights that no loss has reached have no moments
     set_state_dict(lm, optimizer, model_state_dict=state["model"],
                    optim_state_dict=state["optimizer"], options=options)
 
 
 # ---- side by side
 def begin(job, threads):
-    """Do a job in a process of its own, which ends when its parent does."""
+    """Do a job in a process that ends when its parent does."""
     def end_with_parent():
-        wait_for([multiprocessing.parent_process().sentinel])
+        multiprocessing.parent_process().join()
         os._exit(1)
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
@@ -142,25 +138,20 @@ def begin(job, threads):
 
 
 def run_all(jobs, device):
-    """Call all jobs; on a CPU at once, in a process each with its share of the threads. Whatever
-    ends the caller ends them; one that fails ends the others, and the caller."""
+    """Call all jobs; on a CPU at once, each in a process with its share of the threads. The end of
+    the caller, or of one that fails, ends them all."""
     if device.type != "cpu" or world() > 1 or len(jobs) == 1:
         for job in jobs:
             job()
         return
     threads = max(1, torch.get_num_threads() // len(jobs))
     spawn = multiprocessing.get_context("spawn").Process
-    children = [spawn(target=begin, args=(job, threads)) for job in jobs]
-    try:
-        for child in children:
-            child.start()
-        # every code is asked for once a round: a sentinel is there a moment before its code is
-        while None in (codes := [child.exitcode for child in children]) and not any(codes):
-            wait_for([child.sentinel for child, code in zip(children, codes) if code is None])
-        if any(codes):
-            raise SystemExit(next(filter(None, codes)))
-    finally:
-        for child in children:
-            if child.is_alive():
-                child.terminate()
-                child.join()
+    # daemons: Python's end ends them
+    children = [spawn(target=begin, args=(job, threads), daemon=True) for job in jobs]
+    for child in children:
+        child.start()
+    # asked for once a round: a sentinel is there a moment before its code is
+    while None in (codes := [child.exitcode for child in children]) and not any(codes):
+        wait_for([child.sentinel for child, code in zip(children, codes) if code is None])
+    if any(codes):
+        raise SystemExit(next(filter(None, codes)))

@@ -1,10 +1,10 @@
 """Make a teacher: train a Transformer from scratch, or fine-tune a Llama, on worked solutions.
 
-    python teacher.py                                  the built-in task's, anew, in out/teacher
-    python teacher.py --from SmolLM2 --task gsm8k      a copy of a Llama, fine-tuned on a task
+    python teacher.py                              the built-in task's, anew, in out/teacher
+    python teacher.py --from folder --task gsm8k   a copy of a Llama, fine-tuned on a task
 
 Reads   a task, and with --from a checkpoint
-Writes  out/teacher/, as distill.py does; it goes on after a stop as distill.py does
+Writes  out/teacher/, and goes on after a stop, as distill.py does
 """
 import os
 
@@ -12,14 +12,14 @@ import torch
 
 import hub
 import parallel
-from common import Parser, choose_device, number, run
+from common import Parser, number, run
 from data import load_tokenizer
 from distill import (START, SUFFIX, Hardware, Stage, add_shared_options, load_pairs, sft,
                      train_in)
 from model import LM, Config
 
-SIZES = dict(base=dict(n_layers=4), small=dict(n_layers=2))  # else as Config's defaults
-SCRATCH, FINE_TUNING = dict(steps=3500, lr=4e-3), dict(steps=500, lr=2e-5)
+SIZES = dict(base=4, small=2)  # layers; else as Config's defaults
+SCRATCH, FINE_TUNING = (3500, 4e-3), (500, 2e-5)  # steps, peak learning rate
 
 
 def parse_args(argv=None):
@@ -27,15 +27,12 @@ def parse_args(argv=None):
     add = parser.add_argument_group("what to make").add_argument
     add("--from", dest="source", metavar="MODEL", help="folder or Hugging Face repository of a "
         "Llama to fine-tune; default: from scratch, with the built-in task's tokenizer")
-    add("--size", choices=SIZES, default="base", help="of a model from scratch; small goes to "
-        "OUT/teacher-small")
+    add("--size", choices=SIZES, default="base", help="small: half the layers, OUT/teacher-small")
     add = parser.add_argument_group("how to learn").add_argument
-    add("--steps", type=number(1), help=f"default: {SCRATCH['steps']}, with --from "
-        f"{FINE_TUNING['steps']}")
-    add("--lr", type=number(1e-9, 100, float), help=f"peak learning rate; default: "
-        f"{SCRATCH['lr']}, with --from {FINE_TUNING['lr']}")
+    add("--steps", type=number(1), help=f"default: {SCRATCH[0]}, with --from {FINE_TUNING[0]}")
+    add("--lr", type=number(1e-9, 100, float), help=f"peak learning rate; default: {SCRATCH[1]}, "
+        f"with --from {FINE_TUNING[1]}")
     add("--batch-tokens", type=number(1), default=6144, help="tokens a step, padding included")
-    add("--seed", type=number(0, 2 ** 31), default=0, help="of initialisation and the data's order")
     add_shared_options(parser)
     return parser.parse_args(argv)
 
@@ -45,22 +42,20 @@ def main(argv=None):
     source, folder = args.source, os.path.join(args.out, "teacher" + SUFFIX[args.size])
     if source and os.path.realpath(source) == os.path.realpath(folder):
         raise ValueError(f"--from {source} is where the copy would go: choose another --out")
-    default = FINE_TUNING if source else SCRATCH
-    budget = dict(steps=args.steps or default["steps"], lr=args.lr or default["lr"],
-                  batch_tokens=args.batch_tokens, seed=args.seed)
+    steps, lr = FINE_TUNING if source else SCRATCH
+    budget = dict(steps=args.steps or steps, lr=args.lr or lr, batch_tokens=args.batch_tokens,
+                  seed=args.seed)
     with parallel.processes(args.device):
-        hardware = Hardware(*choose_device(args.device, args.dtype), args.accumulate,
-                            args.checkpoint_activations, args.compile, args.log_every,
-                            args.save_every)
+        hardware = Hardware(**{name: getattr(args, name) for name in Hardware.__annotations__})
         tokenizer = load_tokenizer(source or "arithmetic")
         torch.manual_seed(args.seed)
-        if source:  # who can solve the task already needs no curriculum
+        if source:  # can solve the task already: no curriculum
             stage, start, origin = "sft", 1.0, dict(teacher=hub.fingerprint(source))
             lm = LM.from_pretrained(source, dtype=torch.float32)
         else:
             stage, start, origin = "pretrain", START.get(args.task, 1.0), dict(size=args.size)
             lm = LM(Config(vocab_size=tokenizer.vocab_size, eos_ids=tokenizer.eos_ids,
-                           **SIZES[args.size]))
+                           n_layers=SIZES[args.size]))
         pairs, data = load_pairs(tokenizer, args.task, args.limit, args.subset_seed,
                                  args.prompt_file)
         train_in(folder, data | origin | budget, pairs,

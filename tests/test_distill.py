@@ -1,10 +1,10 @@
 """What distill.py promises: the losses are the papers' formulas over answer tokens and nothing
 else, each stage trains what it should, pieces change nothing, and a run that is killed anywhere
 ends byte for byte where an uninterrupted one ends."""
-import dataclasses
 import itertools
 import json
 import os
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -20,8 +20,8 @@ import distill
 import hub
 from conftest import assert_close
 from data import load_tokenizer
-from distill import (IGNORE, Batch, batches, collate, curriculum, hidden_loss, kl_loss,
-                     learning_rate, make_optimizer, matrix_loss)
+from distill import (IGNORE, Batch, batches, collate, hidden_loss, kl_loss, learning_rate,
+                     make_optimizer, matrix_loss)
 from model import LM, Config, student_from
 
 
@@ -48,9 +48,8 @@ def test_losses_are_means_over_answer_tokens(kind):
     torch.manual_seed(0)
     student, teacher, labels = *(2 * torch.randn(2, 3, 6, 7)), torch.randint(7, (3, 6))
     labels[0, :4], labels[1, 5:] = IGNORE, IGNORE
-    expected = literal_loss(kind, student, teacher, labels)
+    expected, half = literal_loss(kind, student, teacher, labels), (student.half(), teacher.half())
     assert_close(ours(student, teacher, labels), expected)
-    half = student.bfloat16(), teacher.bfloat16()
     assert_close(ours(*half, labels), literal_loss(kind, *half, labels), torch.float32)
     longer = (torch.cat([t, torch.full_like(t, IGNORE)], 1) for t in (student, teacher, labels))
     assert_close(ours(*longer), expected)
@@ -60,10 +59,9 @@ def test_losses_are_means_over_answer_tokens(kind):
 def test_kl_is_zero_for_equal_distributions_only_and_the_teacher_gets_no_gradient(direction):
     """A constant added to all logits of a token does not count."""
     torch.manual_seed(0)
-    student, teacher = 2 * torch.randn(2, 2, 3, 5)
+    student, teacher = (t.requires_grad_() for t in 2 * torch.randn(2, 2, 3, 5))
     labels = torch.tensor([[1, IGNORE, 2], [0, 0, IGNORE]])
     assert abs(kl_loss(student, student + torch.arange(3.0)[:, None], labels, direction)) < 1e-6
-    student.requires_grad_(), teacher.requires_grad_()
     loss = kl_loss(student, teacher, labels, direction)
     loss.backward()
     assert loss > 0.1 and teacher.grad is None
@@ -170,12 +168,10 @@ def test_too_long_is_alone_or_left_out_or_an_error():
         next(batches(PAIRS, 300, 2, "0"))
 
 
-def test_the_curriculum_grows_to_all_lengths_in_half_of_a_stage():
+def test_a_stage_begins_with_short_sequences_and_has_all_from_its_half_on():
     """A pool of sequences keeps those up to the share of the longest at its first step."""
-    assert [*map(curriculum(20, 0.2), (0, 5, 10, 19))] == pytest.approx([0.2, 0.6, 1, 1])
-    assert curriculum(20, 1.0)(0) == 1
     longest = max(len(prompt + answer) for prompt, answer in PAIRS)
-    found = list(itertools.islice(batches(PAIRS, 300, 999, "0", curriculum(200, 0.2)), 200))
+    found = list(itertools.islice(batches(PAIRS, 300, 999, "0", steps=200, start=0.2), 200))
     lengths = [batch.tokens.shape[1] / longest for batch in found]
     assert max(lengths[:5]) <= 0.2 and max(lengths[:50]) < 0.6 and max(lengths) == 1
 
@@ -219,7 +215,8 @@ def test_only_matrices_decay(make_lm):
     assert sum(len(g["params"]) for g in make_optimizer(lm, 1e-3).param_groups) == len(pairs) - 1
 
 
-HERE = distill.Hardware(torch.device("cpu"), torch.float32, 1, False, False, 1, 1)
+HERE = dict(device="cpu", dtype=None, accumulate=1, checkpoint_activations=False, compile=False,
+            log_every=1, save_every=1)
 MIXED = [([1, 2, 3], [11, 12, 13, 14, 49]), ([4], [13, 49]), ([5, 6], [49]),
          ([7, 8, 9, 10, 11, 12], [3, 49]), ([9], [2, 2, 2, 49])]
 STAGES = {stage.name: stage for stage in distill.student_stages(
@@ -233,7 +230,8 @@ def test_pieces_and_checkpoints_change_no_gradient(make_lm, name, change):
     """Red if a piece's mean is weighted by 1 / pieces or by the wrong count: rows have one to five
     answer tokens. Red if a wrapper renames weights."""
     teacher, losses, gradients = make_lm(), [], []
-    for hardware in HERE, dataclasses.replace(HERE, **change):
+    for options in HERE, HERE | change:
+        hardware = distill.Hardware(**options)
         torch.manual_seed(0)
         student = student_from(teacher, ["mamba2", "attention", "mamba2"])
         names, pair = set(student.state_dict()), distill.ready(student, teacher, hardware)
@@ -268,14 +266,13 @@ def test_training_leaves_a_checkpoint_and_metrics_of_a_falling_loss(tiny_out, na
         "config.json", "model.safetensors", "metrics.jsonl", "training.json", data.TOKENIZER_FILE}
     config = LM.from_pretrained(folder).config
     assert (config.mixers, config.eos_ids) == (mixers, load_tokenizer(str(folder)).eos_ids)
-    tokens = [record["tokens"] for record in records]
-    assert tokens == sorted(set(tokens))
+    assert all(one["tokens"] < two["tokens"] for one, two in itertools.pairwise(records))
     assert list(dict.fromkeys(record["stage"] for record in records)) == list(shares)
     for stage, share in shares.items():
         course = [record for record in records if record["stage"] == stage]
         assert course[-1]["loss"] <= share * course[0]["loss"]
-        assert course[0].keys() == {"stage", "step", "steps", "tokens", "loss", "lr", "grad_norm",
-                                    "seconds", "tokens_per_second"}
+        assert set(course[0]) == set("stage step steps tokens loss lr grad_norm seconds "
+                                     "tokens_per_second".split())
 
 
 @pytest.fixture
@@ -333,21 +330,19 @@ def test_what_a_student_is_by_default_and_as_asked(name, options, expected):
     assert {key: found[key] for key in expected} == expected
 
 
-@pytest.mark.parametrize("options, steps, message", [
-    (["--attention-layers", "0,5"], [], r"--attention-layers \(0, 5\).* 0 to 1"),
-    (["--attention-layers", "-1"], [], "--attention-layers .* 0 to 1"),
-    (["--attention-layers", "0,1"], [], "nothing to distil"),
-    (["--attention-layers", "x"], [], "^2$"),
-    (["--mixer", "mamba"], ["matrices=1"], "--mixer mamba .* --steps matrices=0"),
-    ([], ["nope=3"], "--steps nope=.*hidden, kl, matrices, sft"),
-    (["--recipe", "mambainllama"], ["kl=1"], "--steps hidden=.*all, kl, sft"),
-    (["--task", "aritmetic"], [], "aritmetic"), (["--limit", "0"], [], "^2$"),
-    (["--lr", "1e9"], [], "^2$"), (["--log-every", "0"], [], "^2$"), ([], ["kl=-1"], "^2$"),
-], ids=str)
+@pytest.mark.parametrize("options, message", [
+    ("--attention-layers 0,5", r"--attention-layers \(0, 5\).* 0 to 1"),
+    ("--attention-layers -1", "--attention-layers .* 0 to 1"),
+    ("--attention-layers 0,1", "nothing to distil"), ("--attention-layers x", "^2$"),
+    ("--mixer mamba --steps kl=1 matrices=1", "--mixer mamba .* --steps matrices=0"),
+    ("--steps kl=1 nope=3", "--steps nope=.*hidden, kl, matrices, sft"),
+    ("--recipe mambainllama --steps hidden=1", "--steps hidden=.*all, kl, sft"),
+    ("--task aritmetic", "aritmetic"), ("--limit 0", "^2$"), ("--lr 1e9", "^2$"),
+    ("--log-every 0", "^2$"), ("--steps kl=-1", "^2$")])
 def test_a_mistake_is_named_and_leaves_nothing_that_blocks_the_right_command(
-        command, options, steps, message):
+        command, options, message):
     with pytest.raises((ValueError, SystemExit), match=message) as error:
-        command(*options, steps=["hidden=0", "kl=1", *steps])
+        command(steps=["hidden=0", "kl=1", "matrices=0", *options.split()])
     assert "\n" not in str(error.value) and not command.folder.exists()
     assert LM.from_pretrained(str(command())).config.mixers == ["mamba2", "mamba2"]
 
@@ -356,22 +351,21 @@ def test_a_mistake_is_named_and_leaves_nothing_that_blocks_the_right_command(
 def test_samples_are_a_task_and_only_right_keeps_the_right_ones(tmp_path):
     """Unfinished and unboxed texts are no solutions; --only-right leaves out wrong ones. Their text
     is learnt as it is. Nothing left is an error that says what is needed."""
-    texts = [("so \\boxed{5}", "stop"), ("so \\boxed{6}", "stop"), ("\\boxed{5}", "length"),
-             ("5", "stop")]
     path, tokenizer = tmp_path / "samples.jsonl", load_tokenizer("arithmetic")
+    texts = "so \\boxed{5}", "so \\boxed{6}", "5", "\\boxed{5}"
+    rows = [dict(problem=0, sample=i, question="2 +3", gold="5", completion=text,
+                 finish="stop" if i < 3 else "length") for i, text in enumerate(texts)]
 
-    def learnt(texts, only_right=False):
-        path.write_text("".join(json.dumps(dict(
-            problem=0, sample=i, question="2 +3", gold="5", completion=text, finish=finish)) + "\n"
-            for i, (text, finish) in enumerate(texts)))
+    def learnt(rows, only_right=False):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         pairs, _ = distill.load_pairs(tokenizer, str(path), None, None, None, only_right)
         return [tokenizer.decode(answer) for _, answer in pairs]
-    assert learnt(texts) == ["so \\boxed{5}<|end|>", "so \\boxed{6}<|end|>"]
-    assert learnt(texts, True) == ["so \\boxed{5}<|end|>"]
+    assert learnt(rows) == ["so \\boxed{5}<|end|>", "so \\boxed{6}<|end|>"]
+    assert learnt(rows, True) == ["so \\boxed{5}<|end|>"]
     with pytest.raises(ValueError, match="no right worked solutions"):
-        learnt(texts[1:], True)
+        learnt(rows[1:], True)
     with pytest.raises(ValueError, match="no worked solutions to train on"):
-        learnt(texts[2:])
+        learnt(rows[2:])
 
 
 def test_the_picture_has_attention_and_what_replaces_it(command, tiny_out):
@@ -385,9 +379,10 @@ def test_the_picture_has_attention_and_what_replaces_it(command, tiny_out):
     tokens = [i for text in found["tokens"].tolist() for i in (
         [tokenizer.special[text]] if text in tokenizer.special else tokenizer.encode(text))]
     with torch.no_grad():
-        states, rope = distill.teacher_states(teacher, torch.tensor([tokens]))
+        *_, x, _ = itertools.islice(teacher.hidden_states(torch.tensor([tokens])), 3)
+        rope = teacher.rope(torch.arange(length)[None])
         for key, lm in ("teacher", teacher), ("end", student):
-            matrix = lm.layers[1].mixing_matrix(states[1], rope)[0, :3]
+            matrix = lm.layers[1].mixing_matrix(x, rope)[0, :3]
             assert_close(torch.tensor(found[key]), matrix, torch.float16)
     for key in ("teacher", *stages):
         assert found[key].shape == (2, length, length) and found[key].dtype == np.float16
@@ -410,10 +405,13 @@ RESUMED = ["matrices=2", "hidden=3", "kl=5", "sft=2"]
 OFTEN = ["--save-every", "2", "--log-every", "3"]  # a log line spans a checkpoint
 
 
+def files(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
 def contents(folder):
     """{file: bytes}, of metrics.jsonl without what depends on the time."""
-    found = {path.name: path.read_bytes() for path in folder.iterdir()}
-    return found | {"metrics.jsonl": metrics(folder, "seconds", "tokens_per_second")}
+    return files(folder) | {"metrics.jsonl": metrics(folder, "seconds", "tokens_per_second")}
 
 
 def killed(run, when, renames):
@@ -475,54 +473,78 @@ def stopped(command, monkeypatch):
     return command.folder
 
 
-@pytest.mark.parametrize("options, name", [
-    (["--seed", "4"], "seed"), (["--kl", "reverse"], "kl"), (["--lr", "0.5"], "lr"),
-    (["--attention-layers", "0"], "mixers"), (["--d-state", "4"], "d_state"),
-    (["--random-mixers"], "transfer"), (["--limit", "7"], "limit"),
-    (["--only-right"], "only_right"), (["--prompt-file", "{here}/prompt"], "template"),
-    (["--batch-tokens", "99"], "batch_tokens"), (["--task", "{here}/task.jsonl"], "content"),
-    (["--teacher", "{tiny}/hybrid"], "teacher")], ids=str)
+@pytest.mark.parametrize("option, name", [
+    ("--seed 4", "seed"), ("--kl reverse", "kl"), ("--lr 0.5", "lr"), ("--limit 7", "limit"),
+    ("--attention-layers 0", "mixers"), ("--d-state 4", "d_state"), ("--only-right", "only_right"),
+    ("--random-mixers", "transfer"), ("--batch-tokens 99", "batch_tokens"),
+    ("--prompt-file prompt", "template"), ("--task task.jsonl", "content"),
+    ("--teacher {tiny}/hybrid", "teacher")])
 def test_settings_of_another_run_are_refused_by_name(command, stopped, tmp_path, tiny_out,
-                                                     task_file, options, name):
+                                                     task_file, option, name, monkeypatch):
     """A run that stopped goes on with its own settings only, and nothing is overwritten; one that
     has not completed a checkpoint refuses nobody."""
-    (tmp_path / "prompt").write_text("Compute {question}")
-    (tmp_path / "task.jsonl").write_text(Path(task_file).read_text() + "\n")
-    options = [option.format(here=tmp_path, tiny=tiny_out) for option in options]
-    before = {path.name: path.read_bytes() for path in stopped.iterdir()}
+    monkeypatch.chdir(tmp_path)
+    Path("prompt").write_text("Compute {question}")
+    Path("task.jsonl").write_text(Path(task_file).read_text() + "\n")
+    options, before = option.format(tiny=tiny_out).split(), files(stopped)
     with pytest.raises(ValueError, match=rf"\b{name} = .* there, .* now.*--out"):
         command(*options)
-    assert {path.name: path.read_bytes() for path in stopped.iterdir()} == before
+    assert files(stopped) == before
     os.remove(stopped / "training.pt")
     command(*options)
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "one bit", "another's"])
-def test_a_damaged_checkpoint_is_named(command, stopped, damage):
-    content = bytearray((stopped / "training.pt").read_bytes())
-    half = len(content) // 2
-    content[half] ^= 1
-    (stopped / "training.pt").write_bytes(content[:dict(empty=0, cut=half).get(damage)])
-    if damage == "another's":
-        torch.save(dict(position=dict(stage=0)), stopped / "training.pt")
-    with pytest.raises(ValueError, match="training.pt is not a readable checkpoint.*delete it"):
+@pytest.mark.parametrize("file, content, message", [
+    ("training.pt", lambda old: b"", "training.pt .delete it to start over"),
+    ("training.pt", lambda old: old[:len(old) // 2], "training.pt .delete it to start over"),
+    ("training.pt", lambda old: old[:9999] + bytes([old[9999] ^ 4]) + old[10000:], "checksum"),
+    ("training.json", lambda old: None, "lost its training.json: choose another --out"),
+    ("training.json", lambda old: b"[1]", "training.json holds .*expected an object"),
+    ("metrics.jsonl", lambda old: b"x\n", "metrics.jsonl, line 1 is not readable JSON"),
+    ("metrics.jsonl", lambda old: b'{"tokens": -1}\n', "metrics.jsonl, line 1: tokens is -1")])
+def test_a_damaged_file_of_a_stopped_run_is_named(command, stopped, file, content, message):
+    content = content((stopped / file).read_bytes())
+    (stopped / file).unlink() if content is None else (stopped / file).write_bytes(content)
+    before = files(stopped)
+    with pytest.raises(ValueError, match=message):
         command()
+    assert files(stopped) == before
 
 
-@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
-def test_files_that_this_command_did_not_make_are_not_overwritten(command, name):
+@pytest.mark.parametrize("file", ["config.json", "metrics.jsonl", "training.json"])
+def test_files_that_this_command_did_not_make_are_not_overwritten(command, file):
     command.folder.mkdir(parents=True)
-    (command.folder / name).write_text("another's")
+    (command.folder / file).write_text("{}")
     with pytest.raises(ValueError, match="did not make.*--out"):
         command()
-    assert (command.folder / name).read_text() == "another's"
-    assert os.listdir(command.folder) == [name]
+    assert files(command.folder) == {file: b"{}"}
 
 
-def test_a_loss_that_is_no_number_ends_the_run(command, monkeypatch):
-    monkeypatch.setattr(distill, "kl_loss", lambda s, *_: s.sum() * float("nan"))
-    with pytest.raises(ValueError, match="loss of stage kl is nan at step 1: lower --lr"):
-        command()
+@pytest.mark.parametrize("option, file", [("--save-every=1", "training.pt"),
+                                          ("--save-every=9", "model.safetensors")])
+def test_a_full_disk_is_one_line_and_then_the_run_goes_on(command, option, file):
+    """Files have the umask's mode. Weights that are lost afterwards are named, too."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"{file} cannot be written"):
+            command(option)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(command.folder.glob("*tmp*")) and not (command.folder / file).exists()
+    weights = command(option, "--lr", "0.1") / "model.safetensors"
+    assert weights.stat().st_mode == (command.folder / "config.json").stat().st_mode
+    weights.write_bytes(weights.read_bytes()[:999])
+    with pytest.raises(ValueError, match="model.safetensors"):
+        command(option, "--lr", "0.1")
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_another_rate_is_welcome(command, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(
+            ValueError, match="loss of stage kl is nan at step 1: lower --lr"):
+        patch.setattr(distill, "kl_loss", lambda s, *_: s.sum() * float("nan"))
+        command("--lr", "0.1")
+    assert command("--lr", "0.01").exists()
 
 
 def test_compiling_changes_nothing(command, monkeypatch):

@@ -145,7 +145,7 @@ def test_whatever_ends_the_command_ends_its_students_and_it_goes_on(options, tmp
         steps = [len(metrics(folder)) for folder in folders]
     (folders[0] / "training.pt").write_bytes(b"garbage")
     code, _, err = outcome(options, tmp_path)
-    assert code == 2 and err.startswith("distill.py: error: out/pure/training.pt is not")
+    assert code == 2 and err.startswith("distill.py: error: out/pure/training.pt (delete it")
     assert len(err.splitlines()) == 1
     for found in map(metrics, folders):
         assert [record["step"] for record in found] == list(range(1, len(found) + 1))
