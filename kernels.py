@@ -47,12 +47,11 @@ LOG2_E = 1.4426950408889634  # e^u = 2^(u log2 e): on a CPU, exp2 takes a third 
 def scan_loop(x, dt, A, B, C, h):
     """x, dt (B, L, D), A (D, N), B, C (B, L, G, N), h (B, D, N) -> y (B, L, D), h."""
     channels, ys = x.shape[2] // B.shape[2], []  # channel d reads group d // channels
+    B, C = (u.repeat_interleave(channels, dim=2) for u in (B, C))  # (B, L, D, N)
     for t in range(x.shape[1]):
-        B_t = B[:, t].repeat_interleave(channels, dim=1)  # (B, D, N)
-        C_t = C[:, t].repeat_interleave(channels, dim=1)  # (B, D, N)
         x_t, dt_t = x[:, t, :, None], dt[:, t, :, None]  # (B, D, 1)
-        h = torch.exp(dt_t * A) * h + dt_t * x_t * B_t  # (B, D, N)
-        ys.append((C_t * h).sum(-1))  # (B, D)
+        h = torch.exp(dt_t * A) * h + dt_t * x_t * B[:, t]  # (B, D, N)
+        ys.append((C[:, t] * h).sum(-1))  # (B, D)
     return torch.stack(ys, dim=1), h
 
 
@@ -470,7 +469,7 @@ class _TritonScan(Function):
     @once_differentiable
     def backward(ctx, grad_y, grad_h):
         x, dt, A, B, C, kept = ctx.saved_tensors
-        grad_x, grad_dt = torch.empty_like(x), torch.empty_like(dt)
+        grad_x, grad_dt = x.new_empty(2, *x.shape)
         grad_A, g_start = A.new_empty(2, len(x), *A.shape)
         grad_B, grad_C = A.new_empty(2, ctx.grid[0], *B.shape)
         _scan_backward_kernel[ctx.grid](
