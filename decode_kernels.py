@@ -1,8 +1,7 @@
 """Helpers around Triton, the kernels for ONE token, and `prepare`: a model ready for decoding.
 
-For a token, a layer reads its state, changes it a little and writes it back: on a GPU a step is one
-kernel, which touches the state once. The formulas stand in kernels.py, with the same steps in
-PyTorch. Letters in shape comments are model.py's.
+On a GPU a step is one kernel, so that a layer's state is read and written once. The formulas stand
+in kernels.py, with the steps in PyTorch. Letters in shape comments are model.py's.
 """
 from functools import partial
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ try:
     import triton
     import triton.language as tl
     INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 when this file is imported
-except ImportError:  # Triton is for Linux only; elsewhere kernels are functions that nobody calls
+except ImportError:  # not on Linux: kernels are functions that nobody calls
     INTERPRETED, tl = None, SimpleNamespace(constexpr=int)
     triton = SimpleNamespace(jit=lambda kernel=None, **options: kernel or (lambda kernel: kernel))
 FUSED = dict(enable_fp_fusion=True)  # a b + c in one instruction: not every Triton's default
@@ -51,18 +50,19 @@ def check_shapes(shapes, *tensors):
 def use_triton(backend, x, *others, backward=True):
     """Whether Triton computes this, with x's device and dtype. ValueError if "triton" can't.
 
-    "auto": if x is on a GPU, and no gradient is recorded that the kernel does not have.
+    "auto": if x is on a GPU and, for a kernel without `backward`, no gradient is recorded.
     """
     obstacle = None
     if INTERPRETED is None:
         obstacle = "Triton is not installed (pip install triton, on Linux)"
     elif not (x.is_cuda or INTERPRETED):
-        obstacle = "the tensors are not on a GPU (TRITON_INTERPRET=1 interprets kernels on a CPU)"
+        obstacle = "the tensors are not on a GPU (TRITON_INTERPRET=1 runs it on a CPU)"
     elif x.dtype == torch.float64:
         obstacle = "a tensor is float64: use 'torch'"
     if backend == "auto":
-        return x.is_cuda and not obstacle and (backward or not torch.is_grad_enabled() or not any(
-            u is not None and u.requires_grad for u in (x, *others)))
+        recorded = not backward and torch.is_grad_enabled() and any(
+            u is not None and u.requires_grad for u in (x, *others))
+        return x.is_cuda and not obstacle and not recorded
     if backend not in ("ref", "torch", "triton"):
         raise ValueError(f"backend is {backend!r}, expected 'auto', 'ref', 'torch' or 'triton'")
     if backend == "triton" and obstacle:
@@ -96,7 +96,7 @@ def softplus(u):
 @triton.jit
 def _causal_conv_step_kernel(past, x, weight, bias, y, d_inner,
                              WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
-    """One program: BLOCK_D channels of a row, whose past moves up by one. Grid: blocks, B."""
+    """One program: BLOCK_D channels of a row. Grid: blocks, B."""
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     row, is_d, taps = tl.program_id(1).to(tl.int64), d < d_inner, weight + d * WIDTH
     newest = load(x + row * d_inner + d, is_d)
@@ -170,9 +170,9 @@ def _decode_attention_kernel(q, keys, values, lengths, y, weight, capacity, part
                              BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr):
     """One program: a part of the used columns of a row and kv head, for its H/K query heads.
 
-    y (B, K, parts, H/K, P) is the attention to that part, weight (B, K, parts, H/K) the log of its
-    sum of exponentials. Online softmax (Milakov & Gimelshein 2018): at a higher score, what has
-    been summed shrinks. Grid: parts, K, B.
+    y (B, K, parts, H/K, P) is the attention to it, weight (B, K, parts, H/K) the log of its sum of
+    exponentials. At a higher score, what has been summed shrinks (online softmax, Milakov &
+    Gimelshein 2018). Grid: parts, K, B.
     """
     part, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
     head, length = row * tl.num_programs(1) + tl.program_id(1), tl.load(lengths + row).to(tl.int32)
@@ -204,18 +204,17 @@ def _decode_attention_kernel(q, keys, values, lengths, y, weight, capacity, part
 def decode_attention(q, keys, values, lengths, backend="auto"):
     """softmax(q k^T / sqrt(P)) v of each row's newest token over the row's first `lengths` columns.
 
-    q (B, H, P), keys, values (B, K, T, P), lengths (B,) integers -> (B, H, P), q's dtype, 0 for an
-    empty row. Query head i reads kv head i // (H / K). Sums are float32. The kernel reads nothing
-    behind a row's end.
+    q (B, H, P), keys, values (B, K, T, P), lengths (B,) integers -> (B, H, P) in q's dtype, 0 for
+    an empty row; sums are float32. Query head i reads kv head i // (H / K).
     """
     check_shapes(dict(q="B H P", keys="B K T P", values="B K T P", lengths="B"),
                  q, keys, values, lengths)
     batch, n_kv_heads, capacity, head_dim = keys.shape
     if not use_triton(backend, q, keys, values, lengths, backward=False):
         seen = torch.arange(capacity, device=q.device) < lengths[:, None, None, None]
-        rows, k, v = (u.to(compute_dtype(q)) for u in (q[:, :, None], keys, values))
-        with full_precision(q):  # (B, H, 1, P)
-            y = F.scaled_dot_product_attention(rows, k, v, attn_mask=seen, enable_gqa=True)
+        inputs = (u.to(compute_dtype(q)) for u in (q[:, :, None], keys, values))
+        with full_precision(q):
+            y = F.scaled_dot_product_attention(*inputs, attn_mask=seen, enable_gqa=True)
         return y[:, :, 0].to(q.dtype)
     group, parts = q.shape[1] // n_kv_heads, pieces(batch * n_kv_heads, capacity, q.device)
     y = q.new_empty(batch, n_kv_heads, parts, group, head_dim, dtype=torch.float32)
@@ -237,7 +236,7 @@ PACK_FROM = 2 ** 18  # entries of a weight; below, a call of oneDNN costs more t
 
 
 def is_packable(weight):
-    """Whether oneDNN has a packed product for this weight, and it is worth it."""
+    """Whether oneDNN has a packed product for this weight that is worth it."""
     return (weight.device.type == "cpu" and weight.numel() >= PACK_FROM
             and torch.backends.mkldnn.is_available()
             and (weight.dtype == torch.float32 or weight.dtype == torch.bfloat16
@@ -247,7 +246,7 @@ def is_packable(weight):
 class Products(nn.Module):
     """The products of one input with several weights, as one: returns the first, keeps the rest.
 
-    On a CPU, large weights are packed as oneDNN reads them: 1.2 to 3.5 times as fast at 16 rows.
+    On a CPU, large weights are packed for oneDNN: 1.2 to 3.5 times as fast at 16 rows.
     """
 
     def __init__(self, weights):
@@ -272,9 +271,9 @@ class Products(nn.Module):
 def prepare(lm):
     """The model, in place: Linears that meet the same tensor joined, large ones packed.
 
-    For decoding only: the plain weights are given up. Running one token shows which Linears meet.
+    For decoding only: the plain weights are given up. One token shows which Linears meet.
     """
-    met = {}  # id of a tensor: the tensor, which keeps its id its own, and the Linears it met
+    met = {}  # id of a tensor: the tensor (so that the id stays its own), the Linears that met it
 
     def note(module, inputs):
         if isinstance(module, nn.Linear) and module.bias is None:

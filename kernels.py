@@ -7,8 +7,8 @@ Selective scan (Mamba; Gu & Dao 2023, eq. 2, algorithm 2): each channel d has N 
 
 A < 0 makes the past fade. dt, B and C come from the token itself, hence "selective": a large dt
 writes the token and forgets the past, dt = 0 passes over it. (A is discretised exactly, B by
-Euler's rule, as in Mamba's code.) SSD (Mamba-2; Dao & Gu 2024, section 6): each head has a (P, N)
-matrix of states and one decay for all of them,
+Euler's rule, as in Mamba's code.) SSD (Mamba-2; Dao & Gu 2024, section 6): a head has a (P, N)
+matrix of states and one decay for all,
 
     h_t = exp(log_decay_t) h_{t-1} + x_t B_t^T
     y_t = h_t C_t
@@ -19,14 +19,13 @@ The ladder, every rung tested against the one below:
     2  matrices    SSD as attention without softmax, with forgetting: work L^2
     3  chunks      matrices within chunks of Q steps, states between: work L Q, L/Q steps;
                    the scan in chunks too, with its gradients by hand
-    4  Triton      the scan in one kernel, with its states in registers
-    5  backward    the gradients of rung 3, in registers
+    4  Triton      the scan in one kernel, its states in registers
+    5  backward    rung 3's gradients, in registers
     6  segments    pieces of time side by side, where batch x channels do not fill a GPU
 
-`python kernels.py` checks every rung and shows what it costs. All is computed in float32 (float64
-for float64 inputs), also under autocast; y has x's dtype. Letters in shape comments are model.py's.
+`python kernels.py` checks and times them. All is computed in float32 (float64 for float64 inputs),
+also under autocast; y has x's dtype. Letters in shape comments are model.py's.
 """
-import statistics
 import timeit
 from functools import partial
 
@@ -40,7 +39,7 @@ from decode_kernels import (FUSED, check_shapes, compute_dtype, full_precision, 
                             triton, use_triton)
 
 CHUNK = 16  # steps whose states the chunked scan holds at once
-LOG2_E = 1.4426950408889634  # e^u = 2^(u log2 e): on a CPU, exp2 takes a third of the time of exp
+LOG2_E = 1.4426950408889634  # e^u = 2^(u log2 e): on a CPU, exp2 takes a third of exp's time
 
 
 # ---- rung 1: the loop
@@ -89,7 +88,7 @@ def ssd_chunks(x, log_decay, B, C, h, chunk):
     """ssd_loop by matrices within chunks of Q steps and a loop over L/Q states (listing 1)."""
     length, chunk = x.shape[1], min(chunk, x.shape[1])
     x, log_decay, B, C = (in_chunks(u, chunk) for u in (x, log_decay, B, C))  # (B, H, L/Q, Q, ...)
-    # 1. What the inputs of a chunk give to its own outputs: rung 2.
+    # 1. What the inputs of a chunk give to its outputs: rung 2.
     decay = decays(log_decay)  # (B, H, L/Q, Q, Q)
     y = (C @ B.transpose(-1, -2) * decay) @ x  # (B, H, L/Q, Q, P)
     # 2. What they leave in the state at the end of the chunk.
@@ -115,7 +114,7 @@ def chunk_states(x, dt, A, B, h):
 
 
 class _ChunkedScan(Function):
-    """The scan by chunks, which keeps the state at the start of each and computes the others twice.
+    """The scan, which keeps the state at the start of each chunk and computes the others twice.
 
     x, dt (L, B, G, 1, D/G), A (G, N, D/G), B, C (L, B, G, N, 1), h (B, G, N, D/G) -> y like x, h.
     h_t feeds y_t and h_{t+1}, so its gradient g_t runs back in time. All others follow from it:
@@ -135,7 +134,7 @@ class _ChunkedScan(Function):
             starts.append(h)
             _, states = chunk_states(x_c, dt_c, A, B_c, h)  # (Q, B, G, N, D/G)
             torch.sum(C_c * states, -2, keepdim=True, out=y_c)  # (Q, B, G, 1, D/G)
-            h = states[-1].clone()  # a view would keep all states of the chunk
+            h = states[-1].clone()  # a view would keep all of them
         ctx.save_for_backward(x, dt, A, B, C, *starts)
         return y, h
 
@@ -155,7 +154,7 @@ class _ChunkedScan(Function):
             torch.sum(g * (dt_c * x_c), -1, keepdim=True, out=grad_B)
             b = (B_c * g).sum(-2, keepdim=True)  # (Q, B, G, 1, D/G)
             w = g.mul_(decay)
-            grad_h = w[0].clone()  # exp(dt A) g of the first step is for the chunk before
+            grad_h = w[0].clone()  # exp(dt A) g goes to the chunk before
             w[1:] *= states[:-1]
             w[0] *= start
             grad_A += (dt_c * w).sum((0, 1))
@@ -186,7 +185,7 @@ def selective_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=Fal
     """y (B, L, D) in x's dtype and the state h (B, D, N), float32, after the last step.
 
     Inputs as in SCAN_SHAPES; h0 = None is zeros. With dt_softplus, dt is softplus(dt + dt_bias),
-    and dt = -inf is padding: it leaves the state as it is. Differentiable in all, through y and h.
+    and dt = -inf padding, which leaves the state alone. Differentiable in all, through y and h.
     backend: "ref" is rung 1, "torch" rung 3, "triton" 4 to 6, "auto" Triton on CUDA.
     """
     tensors = x, dt, A, B, C, D, z, dt_bias, h0
@@ -209,7 +208,7 @@ def ssd(x, log_decay, B, C, h0=None, chunk=64, backend="auto"):
 
     Inputs as in SSD_SHAPES, log_decay <= 0; h0 = None is zeros. x = 0 and log_decay = 0 are
     padding. Differentiable in all, through y and h; `chunk` is a matter of speed.
-    backend: "ref" is rung 1, "torch" and "auto" are rung 3, on a GPU too.
+    backend: "ref" is rung 1, "torch" and "auto" rung 3, on a GPU too.
     """
     if backend not in ("auto", "ref", "torch"):
         raise ValueError(f"backend is {backend!r}, expected 'auto', 'ref' or 'torch' for ssd")
@@ -272,8 +271,7 @@ ssd_ref = partial(ssd, backend="ref")
 class _Decays(Function):
     """mixing_matrix's exp(...), (..., L, L), of log_decay (..., L), in 2/3 of autograd's time.
 
-    It is exp(total_t - total_s): totals in float64, because such differences cancel, of terms cut
-    at -1000, where exp is 0.
+    It is exp(total_t - total_s), totals in float64, because they cancel, of terms cut at -1000.
     """
 
     @staticmethod
@@ -355,11 +353,10 @@ def causal_conv_step(past, x, weight, bias, backend="auto"):
 
 # ---- rung 4: Triton
 # Rung 3 writes tensors N times as large as x to memory and reads them again. Here a program walks
-# through time with the states of M channels in registers; what binds is N exponentials for each x.
-# (An associative scan, as in Mamba's kernel, takes log L rounds for L steps, but more work; where
-# programs are few, rung 6 does instead.) In memory, states are (N, D). `width` is D, as a number of
-# which Triton knows no factor: else it reads in wide pieces, and sums over N exchange 12 times as
-# much between threads.
+# through time with the states of M channels in registers; N exponentials for each x bind. (Mamba's
+# associative scan takes log L rounds, but more work; where programs are few, rung 6 does instead.)
+# In memory, states are (N, D). `width` is D, a number of which Triton knows no factor: else it
+# reads in wide pieces, and sums over N exchange 12 times as much between threads.
 KEPT = 8  # every KEPT-th state is kept for the backward kernel, which computes the others again
 
 
@@ -372,7 +369,7 @@ def _scan_forward_kernel(x, dt, A, B, C, h_start, y, kept, h_end, length, width,
     n, d = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_D)[None, :]  # (N, 1), (1, M)
     d += tl.program_id(0) * BLOCK_D
     end_d, end_n = tl.where(d < d_inner // groups, length, 0), tl.where(n < d_state, length, 0)
-    d += group * (d_inner // groups)  # which exists at step t if t < end_d
+    d += group * (d_inner // groups)  # there at step t if t < end_d
     states, is_state = n * width + d, (end_d > 0) & (end_n > 0)  # (N, M)
     A, in_batch = load(A + states, is_state), batch * d_inner * d_state + states  # (N, M)
     h = load(h_start + in_batch, is_state)
@@ -380,7 +377,7 @@ def _scan_forward_kernel(x, dt, A, B, C, h_start, y, kept, h_end, length, width,
         row = batch * tl.cdiv(length, KEPT) + first // KEPT
         if kept is not None:
             tl.store(kept + row * d_inner * d_state + states, h, mask=is_state)
-        steps = ()  # KEPT of them wait for memory together
+        steps = ()  # they wait for memory together
         for i in tl.static_range(KEPT):
             row, has_d, has_n = batch * length + first + i, first + i < end_d, first + i < end_n
             channels, in_group = row * d_inner + d, (row * groups + group) * d_state + n
@@ -401,19 +398,19 @@ def _scan_backward_kernel(x, dt, A, B, C, kept, grad_y, g_end,
                           KEPT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
     """_ChunkedScan's equations: KEPT steps forward from their kept state, then back.
 
-    Sums over programs are left in parts, grad_A (B, N, D), grad_B, grad_C (blocks, B, L, G, N):
-    atomics would not repeat bit for bit.
+    Sums are left in parts, grad_A (B, N, D), grad_B and grad_C (blocks, B, L, G, N): atomics would
+    not repeat bit for bit.
     """
     group, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     n, d = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_D)[None, :]  # (N, 1), (1, M)
     d += tl.program_id(0) * BLOCK_D
     end_d, end_n = tl.where(d < d_inner // groups, length, 0), tl.where(n < d_state, length, 0)
-    d += group * (d_inner // groups)  # which exists at step t if t < end_d
+    d += group * (d_inner // groups)  # there at step t if t < end_d
     states, is_state = n * width + d, (end_d > 0) & (end_n > 0)  # (N, M)
     A, in_batch = load(A + states, is_state), batch * d_inner * d_state + states  # (N, M)
     g, sum_A = load(g_end + in_batch, is_state), tl.zeros_like(A)  # (N, M)
     part = tl.program_id(0).to(tl.int64) * tl.num_programs(2) * length * groups * d_state
-    grad_B, grad_C = grad_B + part, grad_C + part  # those of this block
+    grad_B, grad_C = grad_B + part, grad_C + part  # of this block
     for back in range(0, length, KEPT):
         first = (length - 1 - back) // KEPT * KEPT
         row = batch * tl.cdiv(length, KEPT) + first // KEPT
@@ -580,7 +577,7 @@ def main():
             error, below = largest_error(found, below or found), found
             if not error < (1e-4 if dtype == torch.float32 else 5e-2):
                 raise SystemExit(f"kernels.py: {name}, rung {rung}, is off by {error:.1e}")
-            seconds = statistics.median(timeit.repeat(lambda: work()[1].sum().item(), number=1))
+            seconds = min(timeit.repeat(lambda: work()[1].sum().item(), number=1))
             print(f"{name:15} {rung:11} {error:8.0e} {1e3 * seconds:9.2f} "
                   f"{bytes_kept(function, inputs) / 1e6:8.1f}")
 

@@ -376,18 +376,15 @@ def test_autocast_changes_nothing():
         ("h0", (1, 5, 6), "h0 has shape"), ("backend", "cuda", "backend is 'cuda', expected"))] + [
     (kernels.ssd, ssd_inputs, *row) for row in (
         ("log_decay", (2, 20), "log_decay has shape"), ("h0", (2, 2, 5, 3), "h0 has shape"),
-        ("backend", "triton", "backend is 'triton'"))])
+        ("backend", "triton", "backend is 'triton'"))] + [
+    (kernels.selective_scan, partial(scan_inputs, groups=4), "backend", "auto",
+     "4 groups, expected a divisor of 6 channels")])
 def test_a_wrong_argument_is_named_in_one_line(function, inputs, name, wrong, message):
     """The tensor, its shape and the expected one, not a broadcast unnoticed."""
     wrong = torch.zeros(wrong, device=DEVICE) if isinstance(wrong, tuple) else wrong
     with pytest.raises(ValueError, match=message) as error:
         function(**inputs() | {name: wrong})
     assert "\n" not in str(error.value)
-
-
-def test_groups_must_divide_the_channels():
-    with pytest.raises(ValueError, match="4 groups, expected a divisor of 6 channels"):
-        kernels.selective_scan(**scan_inputs() | dict.fromkeys("BC", torch.zeros(1, 20, 4, 5)))
 
 
 # ---- the script
