@@ -46,11 +46,11 @@ LOG2_E = 1.4426950408889634  # e^u = 2^(u log2 e): on a CPU, exp2 takes a third 
 def scan_loop(x, dt, A, B, C, h):
     """x, dt (B, L, D), A (D, N), B, C (B, L, G, N), h (B, D, N) -> y (B, L, D), h."""
     channels, ys = x.shape[2] // B.shape[2], []  # channel d reads group d // channels
-    B, C = (u.repeat_interleave(channels, dim=2) for u in (B, C))  # (B, L, D, N)
+    B, C = (u.repeat_interleave(channels, dim=2).unbind(1) for u in (B, C))  # L times (B, D, N)
     for t in range(x.shape[1]):
         x_t, dt_t = x[:, t, :, None], dt[:, t, :, None]  # (B, D, 1)
-        h = torch.exp(dt_t * A) * h + dt_t * x_t * B[:, t]  # (B, D, N)
-        ys.append((C[:, t] * h).sum(-1))  # (B, D)
+        h = torch.exp(dt_t * A) * h + dt_t * x_t * B[t]  # (B, D, N)
+        ys.append((C[t] * h).sum(-1))  # (B, D)
     return torch.stack(ys, dim=1), h
 
 
@@ -570,7 +570,7 @@ def main():
         inputs, below = random_inputs(shapes, *sizes, dtype, device), None
         for rung, function in rungs.items():
             if "Triton" in rung and device.type == "cpu":
-                print(f"{name:15} {rung:11}  needs a GPU")
+                print(f"{name:15} {rung:11} needs a GPU")
                 continue
             work = partial(values_and_gradients, function, inputs)
             found = work()
