@@ -218,8 +218,8 @@ def bench_kernels(shape, batch, prompt, repeats, device, dtype):
     y and all gradients from ours."""
     for name, rows in itertools.product(shape, batch):
         channels, found, runs = Config(**SHAPES[name][0]).d_model, [], {}
-        inputs = kernels.random_inputs(rows, prompt, channels, 16, dtype, device)["selective_scan"]
-        del inputs["h0"]  # mamba_ssm's state starts at zero
+        inputs = kernels.random_inputs(kernels.SCAN_SHAPES, rows, prompt, channels, 16, dtype,
+                                       device)
         work = kernels.values_and_gradients
         for scan in ours, mamba_ssm, mambapy:
             try:

@@ -1,8 +1,7 @@
 """Helpers around Triton, the kernels for ONE token, and `prepare`: a model ready for decoding.
 
-To decode a token, a layer reads its state, changes it a little and writes it back. So what counts
-on a GPU is to touch the state once: every step is one kernel. The formulas stand in kernels.py,
-with the same steps in PyTorch. Letters in shape comments are model.py's.
+On a GPU a step is one kernel, so that a layer's state is read and written once. The formulas stand
+in kernels.py, with the steps in PyTorch. Letters in shape comments are model.py's.
 """
 from functools import partial
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ try:
     import triton
     import triton.language as tl
     INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 when this file is imported
-except ImportError:  # Triton is for Linux only; elsewhere kernels are functions that nobody calls
+except ImportError:  # not on Linux: kernels are functions that nobody calls
     INTERPRETED, tl = None, SimpleNamespace(constexpr=int)
     triton = SimpleNamespace(jit=lambda kernel=None, **options: kernel or (lambda kernel: kernel))
 FUSED = dict(enable_fp_fusion=True)  # a b + c in one instruction: not every Triton's default
@@ -23,7 +22,7 @@ FUSED = dict(enable_fp_fusion=True)  # a b + c in one instruction: not every Tri
 
 def compute_dtype(x):
     """The dtype in which a result for x is computed: float64 for float64, else float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def full_precision(x):
@@ -32,44 +31,43 @@ def full_precision(x):
 
 
 # ---- may it run, and where
-def check_shapes(**tensors):
-    """check_shapes(x=(x, "B L D"), weight=(weight, "D 1")): ValueError names the first tensor that
-    does not fit those before it, or is empty. None is skipped."""
+def check_shapes(shapes, *tensors):
+    """check_shapes(dict(x="B L D", D="D"), x, D): ValueError names the first tensor that does not
+    fit those before it, or is empty. None is skipped."""
     sizes = {}
-    for name, (tensor, letters) in tensors.items():
+    for (name, letters), tensor in zip(shapes.items(), tensors):
         if tensor is None:
             continue
         letters, found = letters.split(), tuple(tensor.shape)
-        for letter, size in zip(letters, found if len(found) == len(letters) else ()):
-            sizes.setdefault(letter, int(letter) if letter.isdigit() else size or "1 or more")
+        for letter, size in zip(letters, found):
+            sizes.setdefault(letter, size or "1 or more")
         expected = tuple(sizes.get(letter, letter) for letter in letters)
         if found != expected:
             raise ValueError(f"{name} has shape {found}, expected ({', '.join(map(str, expected))})"
                              f" = ({', '.join(letters)})")
 
 
-def use_triton(backend, *tensors, backward=True):
-    """Whether Triton runs on these tensors; None is skipped. ValueError if "triton" can't.
+def use_triton(backend, x, *others, backward=True):
+    """Whether Triton computes this, with x's device and dtype. ValueError if "triton" can't.
 
-    "auto": if they are on a GPU, and no gradient is recorded that the kernel does not have.
+    "auto": if x is on a GPU and, for a kernel without `backward`, no gradient is recorded.
     """
-    if backend not in ("auto", "ref", "torch", "triton"):
-        raise ValueError(f"backend is {backend!r}, expected 'auto', 'ref', 'torch' or 'triton'")
-    tensors = [tensor for tensor in tensors if tensor is not None]
-    on_gpu = all(tensor.is_cuda for tensor in tensors)
-    obstacle = ""
+    obstacle = None
     if INTERPRETED is None:
         obstacle = "Triton is not installed (pip install triton, on Linux)"
-    elif not (on_gpu or INTERPRETED):
-        obstacle = "the tensors are not on a GPU (TRITON_INTERPRET=1 interprets kernels on a CPU)"
-    elif any(tensor.dtype == torch.float64 for tensor in tensors):
+    elif not (x.is_cuda or INTERPRETED):
+        obstacle = "the tensors are not on a GPU (TRITON_INTERPRET=1 runs it on a CPU)"
+    elif x.dtype == torch.float64:
         obstacle = "a tensor is float64: use 'torch'"
-    if backend != "triton":
-        recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        return backend == "auto" and on_gpu and not obstacle and (backward or not recorded)
-    if obstacle:
+    if backend == "auto":
+        recorded = not backward and torch.is_grad_enabled() and any(
+            u is not None and u.requires_grad for u in (x, *others))
+        return x.is_cuda and not obstacle and not recorded
+    if backend not in ("ref", "torch", "triton"):
+        raise ValueError(f"backend is {backend!r}, expected 'auto', 'ref', 'torch' or 'triton'")
+    if backend == "triton" and obstacle:
         raise ValueError(f"backend is 'triton', but {obstacle}")
-    return True
+    return backend == "triton"
 
 
 def pieces(programs, length, device):
@@ -94,11 +92,11 @@ def softplus(u):
     return tl.maximum(u, 0.0) + tl.where(e < 0.01, series, tl.log(1.0 + e))
 
 
-# ---- one token of each recurrence, for the function of that name in kernels.py
+# ---- one token, for the steps of kernels.py
 @triton.jit
 def _causal_conv_step_kernel(past, x, weight, bias, y, d_inner,
                              WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
-    """One program: BLOCK_D channels of a row, whose past moves up by one. Grid: blocks, B."""
+    """One program: BLOCK_D channels of a row. Grid: blocks, B."""
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     row, is_d, taps = tl.program_id(1).to(tl.int64), d < d_inner, weight + d * WIDTH
     newest = load(x + row * d_inner + d, is_d)
@@ -119,21 +117,30 @@ def causal_conv_step(past, x, weight, bias):
 
 
 @triton.jit
-def _selective_step_kernel(h, x, dt, A, B, C, D, z, dt_bias, y, d_inner, d_state, groups,
-                           SOFTPLUS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
-    """One program: BLOCK_D channels of a row. D, z, dt_bias may be None. Grid: blocks, B."""
+def _step_kernel(h, x, dt, A, B, C, D, z, dt_bias, y, d_inner, d_state, groups,
+                 SOFTPLUS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
+    """One program: BLOCK_D channels of a row. Grid: blocks, B. D, z, dt_bias may be None.
+
+    Without A it is SSD's: groups are heads, and dt (B, H) is log_decay.
+    """
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)[:, None]  # (BLOCK_D, 1)
     n, row = tl.arange(0, BLOCK_N)[None, :], tl.program_id(1).to(tl.int64)  # (1, N)
     is_d, channel = d < d_inner, row * d_inner + d
     state, is_state = channel * d_state + n, is_d & (n < d_state)  # (BLOCK_D, N)
-    in_group = (row * groups + d // (d_inner // groups)) * d_state + n  # (BLOCK_D, N)
-    x_t, dt_t = load(x + channel, is_d), load(dt + channel, is_d)  # (BLOCK_D, 1)
-    if dt_bias is not None:
-        dt_t += load(dt_bias + d, is_d)
-    if SOFTPLUS:
-        dt_t = softplus(dt_t)
-    decay = tl.exp(dt_t * load(A + d * d_state + n, is_state))  # (BLOCK_D, N)
-    h_t = decay * load(h + state, is_state) + (dt_t * x_t) * load(B + in_group, is_state)
+    group = row * groups + d // (d_inner // groups)  # (BLOCK_D, 1)
+    x_t = load(x + channel, is_d)
+    if A is None:
+        decay, added = tl.exp(load(dt + group, is_d)), x_t  # (BLOCK_D, 1)
+    else:
+        dt_t = load(dt + channel, is_d)
+        if dt_bias is not None:
+            dt_t += load(dt_bias + d, is_d)
+        if SOFTPLUS:
+            dt_t = softplus(dt_t)
+        decay = tl.exp(dt_t * load(A + d * d_state + n, is_state))  # (BLOCK_D, N)
+        added = dt_t * x_t
+    in_group = group * d_state + n  # (BLOCK_D, N)
+    h_t = decay * load(h + state, is_state) + added * load(B + in_group, is_state)
     tl.store(h + state, h_t, mask=is_state)
     y_t = tl.sum(h_t * load(C + in_group, is_state), 1, keep_dims=True)  # (BLOCK_D, 1)
     if D is not None:
@@ -144,41 +151,15 @@ def _selective_step_kernel(h, x, dt, A, B, C, D, z, dt_bias, y, d_inner, d_state
     tl.store(y + channel, y_t, mask=is_d)
 
 
-def selective_step(h, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
+def recurrent_step(h, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False):
+    """kernels.selective_step, or without A ssd_step: x (B, H, P) has H P channels in H groups."""
     x, dt, A, B, C, z = (u if u is None else u.contiguous() for u in (x, dt, A, B, C, z))
-    (batch, d_inner), (groups, d_state), y = x.shape, B.shape[1:], torch.empty_like(x)
+    d_inner, (groups, d_state), y = x[0].numel(), B.shape[1:], torch.empty_like(x)
     block_n = triton.next_power_of_2(d_state)
     block_d = max(1, 1024 // block_n)
-    _selective_step_kernel[triton.cdiv(d_inner, block_d), batch](
+    _step_kernel[triton.cdiv(d_inner, block_d), len(x)](
         h, x, dt, A, B, C, D, z, dt_bias, y, d_inner, d_state, groups,
         SOFTPLUS=dt_softplus, BLOCK_D=block_d, BLOCK_N=block_n, **FUSED)
-    return y
-
-
-@triton.jit
-def _ssd_step_kernel(h, x, log_decay, B, C, y, n_heads, head_dim, d_state,
-                     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
-    """One program: BLOCK_P rows of one head's state. Grid: blocks of rows, H, B."""
-    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]  # (P, 1)
-    n = tl.arange(0, BLOCK_N)[None, :]  # (1, N)
-    head = tl.program_id(2).to(tl.int64) * n_heads + tl.program_id(1)
-    is_p, is_n = p < head_dim, n < d_state
-    state = (head * head_dim + p) * d_state + n  # (P, N)
-    decay, row = tl.exp(tl.load(log_decay + head).to(tl.float32)), head * d_state + n
-    x_t, B_t, C_t = load(x + head * head_dim + p, is_p), load(B + row, is_n), load(C + row, is_n)
-    h_t = decay * load(h + state, is_p & is_n) + x_t * B_t
-    tl.store(h + state, h_t, mask=is_p & is_n)
-    tl.store(y + head * head_dim + p, tl.sum(h_t * C_t, 1, keep_dims=True), mask=is_p)
-
-
-def ssd_step(h, x, log_decay, B, C):
-    x, log_decay, B, C = (u.contiguous() for u in (x, log_decay, B, C))
-    (batch, n_heads, head_dim), d_state, y = x.shape, B.shape[2], torch.empty_like(x)
-    block_n = triton.next_power_of_2(d_state)
-    block_p = min(triton.next_power_of_2(head_dim), max(1, 4096 // block_n))
-    _ssd_step_kernel[triton.cdiv(head_dim, block_p), n_heads, batch](
-        h, x, log_decay, B, C, y, n_heads, head_dim, d_state,
-        BLOCK_P=block_p, BLOCK_N=block_n, **FUSED)
     return y
 
 
@@ -186,13 +167,12 @@ def ssd_step(h, x, log_decay, B, C):
 @triton.jit
 def _decode_attention_kernel(q, keys, values, lengths, y, weight, capacity, parts,
                              SCALE: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-                             BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr,
-                             WIDEN: tl.constexpr):
+                             BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr):
     """One program: a part of the used columns of a row and kv head, for its H/K query heads.
 
-    y (B, K, parts, H/K, P) is the attention to that part, weight (B, K, parts, H/K) the log of its
-    sum of exponentials. Online softmax (Milakov & Gimelshein 2018): at a higher score, what has
-    been summed shrinks. Grid: parts, K, B.
+    y (B, K, parts, H/K, P) is the attention to it, weight (B, K, parts, H/K) the log of its sum of
+    exponentials. At a higher score, what has been summed shrinks (online softmax, Milakov &
+    Gimelshein 2018). Grid: parts, K, B.
     """
     part, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
     head, length = row * tl.num_programs(1) + tl.program_id(1), tl.load(lengths + row).to(tl.int32)
@@ -201,7 +181,7 @@ def _decode_attention_kernel(q, keys, values, lengths, y, weight, capacity, part
     g, t = tl.arange(0, BLOCK_G)[:, None], tl.arange(0, BLOCK_T)[:, None]  # (G, 1), (T, 1)
     c = tl.arange(0, BLOCK_P)[None, :]  # (1, P)
     is_g, is_c = g < GROUP, c < HEAD_DIM
-    q_g = tl.load(q + (head * GROUP + g) * HEAD_DIM + c, mask=is_g & is_c, other=0.0)  # (G, P)
+    q_g = load(q + (head * GROUP + g) * HEAD_DIM + c, is_g & is_c)  # (G, P)
     top = tl.full((BLOCK_G, 1), -1e30, tl.float32)  # the highest score so far
     total, sums = tl.zeros((BLOCK_G, 1), tl.float32), tl.zeros((BLOCK_G, BLOCK_P), tl.float32)
     for first in range(part * columns, end, BLOCK_T):
@@ -209,8 +189,6 @@ def _decode_attention_kernel(q, keys, values, lengths, y, weight, capacity, part
         place, there = (head * capacity + column) * HEAD_DIM + c, (column < end) & is_c  # (T, P)
         k = tl.load(keys + place, mask=there, other=0.0)
         v = tl.load(values + place, mask=there, other=0.0)
-        if WIDEN:  # the interpreter multiplies no bfloat16
-            k, v = k.to(tl.float32), v.to(tl.float32)
         scores = tl.dot(q_g.to(k.dtype), tl.trans(k), input_precision="ieee") * SCALE  # (G, T)
         scores = tl.where(tl.trans(column) < end, scores, -1e30)
         higher = tl.maximum(top, tl.max(scores, 1, keep_dims=True))
@@ -226,29 +204,28 @@ def _decode_attention_kernel(q, keys, values, lengths, y, weight, capacity, part
 def decode_attention(q, keys, values, lengths, backend="auto"):
     """softmax(q k^T / sqrt(P)) v of each row's newest token over the row's first `lengths` columns.
 
-    q (B, H, P), keys, values (B, K, T, P), lengths (B,) integers -> (B, H, P), q's dtype, 0 for an
-    empty row. Query head i reads kv head i // (H / K). Sums are float32. The kernel reads nothing
-    behind a row's end, and the host does not wait.
+    q (B, H, P), keys, values (B, K, T, P), lengths (B,) integers -> (B, H, P) in q's dtype, 0 for
+    an empty row; sums are float32. Query head i reads kv head i // (H / K).
     """
-    check_shapes(q=(q, "B H P"), keys=(keys, "B K T P"), values=(values, "B K T P"),
-                 lengths=(lengths, "B"))
-    (batch, n_kv_heads, capacity, head_dim), heads = keys.shape, q.shape[1]
-    if heads % n_kv_heads:
-        raise ValueError(f"q has {heads} heads, expected a multiple of keys' {n_kv_heads}")
+    check_shapes(dict(q="B H P", keys="B K T P", values="B K T P", lengths="B"),
+                 q, keys, values, lengths)
+    batch, n_kv_heads, capacity, head_dim = keys.shape
     if not use_triton(backend, q, keys, values, lengths, backward=False):
         seen = torch.arange(capacity, device=q.device) < lengths[:, None, None, None]
-        rows, k, v = (u.to(compute_dtype(q)) for u in (q[:, :, None], keys, values))
-        with full_precision(q):  # (B, H, 1, P)
-            y = F.scaled_dot_product_attention(rows, k, v, attn_mask=seen, enable_gqa=True)
+        inputs = (u.to(compute_dtype(q)) for u in (q[:, :, None], keys, values))
+        with full_precision(q):
+            y = F.scaled_dot_product_attention(*inputs, attn_mask=seen, enable_gqa=True)
         return y[:, :, 0].to(q.dtype)
-    group, parts = heads // n_kv_heads, pieces(batch * n_kv_heads, capacity, q.device)
+    group, parts = q.shape[1] // n_kv_heads, pieces(batch * n_kv_heads, capacity, q.device)
     y = q.new_empty(batch, n_kv_heads, parts, group, head_dim, dtype=torch.float32)
     weight = y.new_empty(y.shape[:-1])
     block_g, block_p = (max(16, triton.next_power_of_2(size)) for size in (group, head_dim))
     q, keys, values = (u.contiguous() for u in (q, keys, values))
+    if INTERPRETED:  # it multiplies no bfloat16
+        keys, values = keys.float(), values.float()
     _decode_attention_kernel[parts, n_kv_heads, batch](
         q, keys, values, lengths, y, weight, capacity, parts, SCALE=head_dim ** -0.5, GROUP=group,
-        HEAD_DIM=head_dim, BLOCK_G=block_g, BLOCK_P=block_p, BLOCK_T=64, WIDEN=INTERPRETED, **FUSED)
+        HEAD_DIM=head_dim, BLOCK_G=block_g, BLOCK_P=block_p, BLOCK_T=64, **FUSED)
     if parts > 1:  # each counts by its sum of exponentials
         y = y * weight.softmax(dim=2)[..., None]
     return y.sum(2).flatten(1, 2).to(q.dtype)  # (B, H, P)
@@ -258,10 +235,18 @@ def decode_attention(q, keys, values, lengths, backend="auto"):
 PACK_FROM = 2 ** 18  # entries of a weight; below, a call of oneDNN costs more than it saves
 
 
+def is_packable(weight):
+    """Whether oneDNN has a packed product for this weight that is worth it."""
+    return (weight.device.type == "cpu" and weight.numel() >= PACK_FROM
+            and torch.backends.mkldnn.is_available()
+            and (weight.dtype == torch.float32 or weight.dtype == torch.bfloat16
+                 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+
+
 class Products(nn.Module):
     """The products of one input with several weights, as one: returns the first, keeps the rest.
 
-    On a CPU, large weights are packed as oneDNN reads them: 1.2 to 3.5 times as fast at 16 rows.
+    On a CPU, large weights are packed for oneDNN: 1.2 to 3.5 times as fast at 16 rows.
     """
 
     def __init__(self, weights):
@@ -282,37 +267,28 @@ class Products(nn.Module):
         return self.rest[index]
 
 
-def is_packable(weight):
-    """Whether oneDNN's packed product is there for this weight, and worth it."""
-    return (weight.device.type == "cpu" and weight.numel() >= PACK_FROM
-            and torch.backends.mkldnn.is_available()
-            and (weight.dtype == torch.float32 or weight.dtype == torch.bfloat16
-                 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
-
-
 @torch.inference_mode()
 def prepare(lm):
-    """The model, ready for decoding: Linears that meet the same tensor joined, large ones packed.
+    """The model, in place: Linears that meet the same tensor joined, large ones packed.
 
-    In place, and for decoding only: the plain weights are given up, so it cannot be saved. Running
-    one token shows which Linears (without bias) meet.
+    For decoding only: the plain weights are given up. One token shows which Linears meet.
     """
-    met = {}  # id of a tensor: (the tensor, which keeps its id its own; who met it)
+    met = {}  # id of a tensor: the tensor (so that the id stays its own), the Linears that met it
 
     def note(module, inputs):
         if isinstance(module, nn.Linear) and module.bias is None:
-            met.setdefault(id(inputs[0]), (inputs[0], []))[1].append(module)
+            met.setdefault(id(inputs[0]), [inputs[0]]).append(module)
     with nn.modules.module.register_module_forward_pre_hook(note):
         lm(torch.zeros(1, 1, dtype=torch.long, device=lm.device), lm.init_state(1, 1))
     place = {child: (parent, name) for parent in lm.modules()
              for name, child in parent.named_children()}
-    for _, (first, *others) in met.values():
+    for _, first, *others in met.values():
         if others or is_packable(first.weight):
             products = Products([linear.weight for linear in (first, *others)])
             setattr(*place[first], products)
-            for i, (parent, name) in enumerate(place[linear] for linear in others):
-                delattr(parent, name)  # a module gives way to a module only
-                setattr(parent, name, partial(products.give, i))
+            for i, linear in enumerate(others):
+                delattr(*place[linear])  # a module gives way to a module only
+                setattr(*place[linear], partial(products.give, i))
     table = lm.model.embed_tokens.weight  # a tied head is no Linear
     if lm.config.tie_embeddings and is_packable(table) and "head" not in vars(lm):
         head = Products([table])

@@ -5,10 +5,10 @@ Selective scan (Mamba; Gu & Dao 2023, eq. 2, algorithm 2): each channel d has N 
     h_t[d, n] = exp(dt_t[d] A[d, n]) h_{t-1}[d, n] + dt_t[d] x_t[d] B_t[n]
     y_t[d]    = (sum_n C_t[n] h_t[d, n] + D[d] x_t[d]) SiLU(z_t[d])
 
-A < 0 makes the past fade. dt, B and C are computed from the token itself, hence "selective": a
-large dt writes the token and forgets the past, dt = 0 passes over it. (A is discretised exactly, B
-by Euler's rule, as in Mamba's own code.) SSD (Mamba-2; Dao & Gu 2024, section 6): each head has a
-(P, N) matrix of states and one decay for all of them,
+A < 0 makes the past fade. dt, B and C come from the token itself, hence "selective": a large dt
+writes the token and forgets the past, dt = 0 passes over it. (A is discretised exactly, B by
+Euler's rule, as in Mamba's code.) SSD (Mamba-2; Dao & Gu 2024, section 6): a head has a (P, N)
+matrix of states and one decay for all,
 
     h_t = exp(log_decay_t) h_{t-1} + x_t B_t^T
     y_t = h_t C_t
@@ -16,18 +16,16 @@ by Euler's rule, as in Mamba's own code.) SSD (Mamba-2; Dao & Gu 2024, section 6
 The ladder, every rung tested against the one below:
 
     1  loop        the formulas: L small steps, and autograd keeps every state
-    2  matrices    SSD as attention without softmax, with forgetting: one product, of L^2
+    2  matrices    SSD as attention without softmax, with forgetting: work L^2
     3  chunks      matrices within chunks of Q steps, states between: work L Q, L/Q steps;
                    the scan in chunks too, with its gradients by hand
-    -  one token   what decoding runs
-    4  Triton      the scan in one kernel, with its states in registers
-    5  backward    the gradients of rung 3, in registers
+    4  Triton      the scan in one kernel, its states in registers
+    5  backward    rung 3's gradients, in registers
     6  segments    pieces of time side by side, where batch x channels do not fill a GPU
 
-`python kernels.py` checks every rung and shows what it costs. All is computed in float32 (float64
-for float64 inputs), also under autocast; y has x's dtype. Letters in shape comments are model.py's.
+`python kernels.py` checks and times them. All is computed in float32 (float64 for float64 inputs),
+also under autocast; y has x's dtype. Letters in shape comments are model.py's.
 """
-import statistics
 import timeit
 from functools import partial
 
@@ -41,19 +39,18 @@ from decode_kernels import (FUSED, check_shapes, compute_dtype, full_precision, 
                             triton, use_triton)
 
 CHUNK = 16  # steps whose states the chunked scan holds at once
-LOG2_E = 1.4426950408889634  # e^u = 2^(u log2 e): on a CPU, exp2 takes a third of the time of exp
+LOG2_E = 1.4426950408889634  # e^u = 2^(u log2 e): on a CPU, exp2 takes a third of exp's time
 
 
 # ---- rung 1: the loop
 def scan_loop(x, dt, A, B, C, h):
     """x, dt (B, L, D), A (D, N), B, C (B, L, G, N), h (B, D, N) -> y (B, L, D), h."""
     channels, ys = x.shape[2] // B.shape[2], []  # channel d reads group d // channels
+    B, C = (u.repeat_interleave(channels, dim=2).unbind(1) for u in (B, C))  # L times (B, D, N)
     for t in range(x.shape[1]):
-        B_t = B[:, t].repeat_interleave(channels, dim=1)  # (B, D, N)
-        C_t = C[:, t].repeat_interleave(channels, dim=1)  # (B, D, N)
         x_t, dt_t = x[:, t, :, None], dt[:, t, :, None]  # (B, D, 1)
-        h = torch.exp(dt_t * A) * h + dt_t * x_t * B_t  # (B, D, N)
-        ys.append((C_t * h).sum(-1))  # (B, D)
+        h = torch.exp(dt_t * A) * h + dt_t * x_t * B[t]  # (B, D, N)
+        ys.append((C[t] * h).sum(-1))  # (B, D)
     return torch.stack(ys, dim=1), h
 
 
@@ -68,11 +65,10 @@ def ssd_loop(x, log_decay, B, C, h):
 
 # ---- rung 2: matrices
 def mixing_matrix(log_decay, B, C):
-    """T (B, H, L, L), float32, with y = T x for ssd from h = 0: the recurrence written out.
+    """T (B, H, L, L), float32, with y = T x for ssd from h = 0; inputs as there.
 
     T_ts = (C_t . B_s) exp(log_decay_{s+1} + ... + log_decay_t) for s <= t, else 0: attention with
     queries C, keys B and values x, without softmax, and with a decay for each step in between.
-    log_decay (B, L, H), B, C (B, L, H, N).
     """
     kind = compute_dtype(B)
     with full_precision(B):
@@ -82,7 +78,7 @@ def mixing_matrix(log_decay, B, C):
 
 # ---- rung 3: chunks
 def in_chunks(u, chunk):
-    """(B, L, H, ...) -> (B, H, L/Q, Q, ...), behind the end 0: it adds and forgets nothing."""
+    """(B, L, H, ...) -> (B, H, L/Q, Q, ...), with zeros behind the end: they change no state."""
     if missing := -u.shape[1] % chunk:
         u = F.pad(u, (0, 0) * (u.dim() - 2) + (0, missing))
     return u.unflatten(1, (-1, chunk)).movedim(3, 1).contiguous()
@@ -92,7 +88,7 @@ def ssd_chunks(x, log_decay, B, C, h, chunk):
     """ssd_loop by matrices within chunks of Q steps and a loop over L/Q states (listing 1)."""
     length, chunk = x.shape[1], min(chunk, x.shape[1])
     x, log_decay, B, C = (in_chunks(u, chunk) for u in (x, log_decay, B, C))  # (B, H, L/Q, Q, ...)
-    # 1. What the inputs of a chunk give to its own outputs: rung 2.
+    # 1. What the inputs of a chunk give to its outputs: rung 2.
     decay = decays(log_decay)  # (B, H, L/Q, Q, Q)
     y = (C @ B.transpose(-1, -2) * decay) @ x  # (B, H, L/Q, Q, P)
     # 2. What they leave in the state at the end of the chunk.
@@ -118,7 +114,7 @@ def chunk_states(x, dt, A, B, h):
 
 
 class _ChunkedScan(Function):
-    """The scan by chunks, which keeps the state at the start of each and computes the others twice.
+    """The scan, which keeps the state at the start of each chunk and computes the others twice.
 
     x, dt (L, B, G, 1, D/G), A (G, N, D/G), B, C (L, B, G, N, 1), h (B, G, N, D/G) -> y like x, h.
     h_t feeds y_t and h_{t+1}, so its gradient g_t runs back in time. All others follow from it:
@@ -138,7 +134,7 @@ class _ChunkedScan(Function):
             starts.append(h)
             _, states = chunk_states(x_c, dt_c, A, B_c, h)  # (Q, B, G, N, D/G)
             torch.sum(C_c * states, -2, keepdim=True, out=y_c)  # (Q, B, G, 1, D/G)
-            h = states[-1].clone()  # a view would keep all states of the chunk
+            h = states[-1].clone()  # a view would keep all of them
         ctx.save_for_backward(x, dt, A, B, C, *starts)
         return y, h
 
@@ -158,7 +154,7 @@ class _ChunkedScan(Function):
             torch.sum(g * (dt_c * x_c), -1, keepdim=True, out=grad_B)
             b = (B_c * g).sum(-2, keepdim=True)  # (Q, B, G, 1, D/G)
             w = g.mul_(decay)
-            grad_h = w[0].clone()  # exp(dt A) g of the first step is for the chunk before
+            grad_h = w[0].clone()  # exp(dt A) g goes to the chunk before
             w[1:] *= states[:-1]
             w[0] *= start
             grad_A += (dt_c * w).sum((0, 1))
@@ -179,23 +175,25 @@ def scan_chunks(x, dt, A, B, C, h):
 
 
 # ---- a whole sequence
+SCAN_SHAPES = dict(x="B L D", dt="B L D", A="D N", B="B L G N", C="B L G N", D="D", z="B L D",
+                   dt_bias="D", h0="B D N")  # channel d reads group d // (D/G)
+SSD_SHAPES = dict(x="B L H P", log_decay="B L H", B="B L H N", C="B L H N", h0="B H P N")
+
+
 def selective_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, h0=None,
                    backend="auto"):
     """y (B, L, D) in x's dtype and the state h (B, D, N), float32, after the last step.
 
-    x, dt, z (B, L, D); A (D, N); B, C (B, L, G, N), where channel d reads group d // (D/G); D,
-    dt_bias (D,); h0 (B, D, N), None for zeros. With dt_softplus, dt is softplus(dt + dt_bias), and
-    dt = -inf is padding: it leaves the state as it is. Differentiable in all, through y and h.
+    Inputs as in SCAN_SHAPES; h0 = None is zeros. With dt_softplus, dt is softplus(dt + dt_bias),
+    and dt = -inf padding, which leaves the state alone. Differentiable in all, through y and h.
     backend: "ref" is rung 1, "torch" rung 3, "triton" 4 to 6, "auto" Triton on CUDA.
     """
-    check_shapes(x=(x, "B L D"), dt=(dt, "B L D"), A=(A, "D N"), B=(B, "B L G N"),
-                 C=(C, "B L G N"), D=(D, "D"), z=(z, "B L D"), dt_bias=(dt_bias, "D"),
-                 h0=(h0, "B D N"))
+    tensors = x, dt, A, B, C, D, z, dt_bias, h0
+    check_shapes(SCAN_SHAPES, *tensors)
     if x.shape[2] % B.shape[2]:
         raise ValueError(f"B has {B.shape[2]} groups, expected a divisor of {x.shape[2]} channels")
-    tensors = x, dt, A, B, C, D, z, dt_bias, h0
     scan = (scan_loop if backend == "ref" else  # scan_triton stands below the line
-            scan_triton if use_triton(backend, *tensors) else scan_chunks)
+            scan_triton if use_triton(backend, x) else scan_chunks)
     y_dtype, kind = x.dtype, compute_dtype(x)
     x, dt, A, B, C, D, z, dt_bias, h0 = (u if u is None else u.to(kind) for u in tensors)
     h0 = A.new_zeros(len(x), *A.shape) if h0 is None else h0
@@ -208,14 +206,13 @@ def selective_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=Fal
 def ssd(x, log_decay, B, C, h0=None, chunk=64, backend="auto"):
     """y (B, L, H, P) in x's dtype and the state h (B, H, P, N), float32, after the last step.
 
-    x (B, L, H, P), log_decay (B, L, H) <= 0, B, C (B, L, H, N), h0 (B, H, P, N), None for zeros.
-    x = 0 and log_decay = 0 are padding. Differentiable in all, through y and h; `chunk` is a matter
-    of speed. backend: "ref" is rung 1, "torch" and "auto" are rung 3, on a GPU too.
+    Inputs as in SSD_SHAPES, log_decay <= 0; h0 = None is zeros. x = 0 and log_decay = 0 are
+    padding. Differentiable in all, through y and h; `chunk` is a matter of speed.
+    backend: "ref" is rung 1, "torch" and "auto" rung 3, on a GPU too.
     """
     if backend not in ("auto", "ref", "torch"):
         raise ValueError(f"backend is {backend!r}, expected 'auto', 'ref' or 'torch' for ssd")
-    check_shapes(x=(x, "B L H P"), log_decay=(log_decay, "B L H"), B=(B, "B L H N"),
-                 C=(C, "B L H N"), h0=(h0, "B H P N"))
+    check_shapes(SSD_SHAPES, x, log_decay, B, C, h0)
     y_dtype, kind = x.dtype, compute_dtype(x)
     h0 = x.new_zeros(len(x), *x.shape[2:], B.shape[3]) if h0 is None else h0
     inputs = (u.to(kind) for u in (x, log_decay, B, C, h0))
@@ -227,13 +224,13 @@ def ssd(x, log_decay, B, C, h0=None, chunk=64, backend="auto"):
 # ---- one token
 def selective_step(h, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False,
                    backend="auto"):
-    """y (B, D) of one token of selective_scan; the state h (B, D, N) changes in place.
+    """y (B, D) of one token of selective_scan; the state h (B, D, N), of any dtype, in place.
 
-    x, dt, z (B, D), B, C (B, G, N), the rest as there; h of any dtype, all in float32.
+    x, dt, z (B, D), B, C (B, G, N), the rest as there.
     """
     tensors = h, x, dt, A, B, C, D, z, dt_bias
     if use_triton(backend, *tensors, backward=False) and h.is_contiguous():
-        return decode_kernels.selective_step(*tensors, dt_softplus)
+        return decode_kernels.recurrent_step(*tensors, dt_softplus)
     kind, groups = compute_dtype(h), B.shape[1]
     state, u, dt, A, B, C, D, z, dt_bias = (v if v is None else v.to(kind) for v in tensors)
     dt = dt if dt_bias is None else dt + dt_bias
@@ -249,12 +246,12 @@ def selective_step(h, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=
 
 
 def ssd_step(h, x, log_decay, B, C, backend="auto"):
-    """y (B, H, P) of one token of ssd; the state h (B, H, P, N) changes in place.
+    """y (B, H, P) of one token of ssd; the state h (B, H, P, N), of any dtype, in place.
 
-    x (B, H, P), log_decay (B, H), B, C (B, H, N); h of any dtype, all in float32.
+    x (B, H, P), log_decay (B, H), B, C (B, H, N).
     """
     if use_triton(backend, h, x, log_decay, B, C, backward=False) and h.is_contiguous():
-        return decode_kernels.ssd_step(h, x, log_decay, B, C)
+        return decode_kernels.recurrent_step(h, x, log_decay, None, B, C)
     state, u, log_decay, B, C = (v.to(compute_dtype(h)) for v in (h, x, log_decay, B, C))
     state.mul_(log_decay.exp()[..., None, None])
     state.addcmul_(u[..., None], B[..., None, :])  # (B, H, P, 1) * (B, H, 1, N)
@@ -274,22 +271,21 @@ ssd_ref = partial(ssd, backend="ref")
 class _Decays(Function):
     """mixing_matrix's exp(...), (..., L, L), of log_decay (..., L), in 2/3 of autograd's time.
 
-    It is exp(total_t - total_s): totals in float64, because such differences cancel, of terms cut
-    at -1000, where exp is 0. w is that difference's gradient.
+    It is exp(total_t - total_s), totals in float64, because they cancel, of terms cut at -1000.
     """
 
     @staticmethod
     def forward(ctx, log_decay):
         total = log_decay.double().clamp(min=-1000).cumsum(-1)  # (..., L)
         decay = (total[..., :, None] - total[..., None, :]).to(log_decay.dtype)  # (..., L, L)
-        decay.exp_().tril_()  # exp may be inf above the diagonal: tril_ puts 0 in its place
+        decay.exp_().tril_()  # above the diagonal exp may be inf
         ctx.save_for_backward(decay)
         return decay
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_decay):
-        w = grad_decay * ctx.saved_tensors[0]  # (..., L, L)
+        w = grad_decay * ctx.saved_tensors[0]  # (..., L, L), gradients of total_t - total_s
         grad_total = w.sum(-1).double() - w.sum(-2)  # (..., L)
         return grad_total.flip(-1).cumsum(-1).flip(-1).to(w.dtype)
 
@@ -299,7 +295,7 @@ decays = _Decays.apply
 
 # ---- the convolution
 class _CausalConv(Function):
-    """y_t = bias + sum_k taps[k] x_{t-W+1+k}, in half the time of conv1d on a CPU.
+    """y_t = bias + sum_k taps[k] x_{t-W+1+k} in half of conv1d's time on a CPU.
 
     x (B, W-1 + L, D) begins with the past; taps (W, D), bias (D,) -> y (B, L, D).
     """
@@ -329,11 +325,9 @@ def causal_conv(x, weight, bias, past=None, counts=None):
     """y (B, L, D) of a convolution over time, channel by channel, and the next past; x's dtype.
 
     x (B, L, D), weight (D, 1, W), bias (D,); past (B, W-1, D): what came before x, None for zeros.
-    counts (B,): row b has counts[b] tokens, then padding; its past ends where they do.
+    counts (B,): row b has counts[b] tokens, then padding, which does not enter its past.
     """
     width, length = weight.shape[-1], x.shape[1]
-    check_shapes(x=(x, "B L D"), weight=(weight, "D 1 W"), bias=(bias, "D"),
-                 past=(past, f"B {width - 1} D"), counts=(counts, "B"))
     kind = compute_dtype(x)
     past = x.new_zeros(len(x), width - 1, x.shape[2]) if past is None else past.to(x.dtype)
     inputs = torch.cat([past, x], dim=1)  # (B, W-1 + L, D)
@@ -358,33 +352,32 @@ def causal_conv_step(past, x, weight, bias, backend="auto"):
 
 
 # ---- rung 4: Triton
-# PyTorch writes rung 3's tensors, N times as large as x, to memory and reads them again. Here a
-# program walks through time with the states of M channels in registers; what binds then is N
-# exponentials for each x. (Mamba's own kernel has an associative scan: log L rounds for L steps,
-# but more work. Where programs are few, rung 6 does instead.) In memory, states are (N, D).
-# `width` is D again, as a number of which Triton knows no factor: else it reads in wide pieces, and
-# sums over N take twelve times the exchanges between threads.
+# Rung 3 writes tensors N times as large as x to memory and reads them again. Here a program walks
+# through time with the states of M channels in registers; N exponentials for each x bind. (Mamba's
+# associative scan takes log L rounds, but more work; where programs are few, rung 6 does instead.)
+# In memory, states are (N, D). `width` is D, a number of which Triton knows no factor: else it
+# reads in wide pieces, and sums over N exchange 12 times as much between threads.
 KEPT = 8  # every KEPT-th state is kept for the backward kernel, which computes the others again
-for_any_length = triton.jit(do_not_specialize=["length", "width"])
 
 
-@for_any_length
+@triton.jit(do_not_specialize=["length", "width"])
 def _scan_forward_kernel(x, dt, A, B, C, h_start, y, kept, h_end, length, width,
                          d_inner: tl.constexpr, d_state: tl.constexpr, groups: tl.constexpr,
                          KEPT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
-    """y (B, L, D), h_end (B, N, D), kept (B, L/KEPT, N, D). Grid: blocks of channels, G, B."""
+    """y (B, L, D), h_end (B, N, D), kept (B, L/KEPT, N, D) or None. Grid: blocks, G, B."""
     group, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     n, d = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_D)[None, :]  # (N, 1), (1, M)
     d += tl.program_id(0) * BLOCK_D
     end_d, end_n = tl.where(d < d_inner // groups, length, 0), tl.where(n < d_state, length, 0)
-    d += group * (d_inner // groups)  # which exists at step t if t < end_d
+    d += group * (d_inner // groups)  # there at step t if t < end_d
     states, is_state = n * width + d, (end_d > 0) & (end_n > 0)  # (N, M)
-    A = load(A + states, is_state)  # (N, M)
-    h = load(h_start + batch * d_inner * d_state + states, is_state)  # (N, M)
+    A, in_batch = load(A + states, is_state), batch * d_inner * d_state + states  # (N, M)
+    h = load(h_start + in_batch, is_state)
     for first in range(0, length, KEPT):
         row = batch * tl.cdiv(length, KEPT) + first // KEPT
-        tl.store(kept + row * d_inner * d_state + states, h, mask=is_state)
-        steps = ()  # KEPT of them wait for memory together
+        if kept is not None:
+            tl.store(kept + row * d_inner * d_state + states, h, mask=is_state)
+        steps = ()  # they wait for memory together
         for i in tl.static_range(KEPT):
             row, has_d, has_n = batch * length + first + i, first + i < end_d, first + i < end_n
             channels, in_group = row * d_inner + d, (row * groups + group) * d_state + n
@@ -394,31 +387,30 @@ def _scan_forward_kernel(x, dt, A, B, C, h_start, y, kept, h_end, length, width,
             x_t, dt_t, B_t, C_t, channels, has_d = steps[i]
             h = tl.exp(dt_t * A) * h + (dt_t * x_t) * B_t  # (N, M); behind the end dt_t = 0
             tl.store(y + channels, tl.sum(h * C_t, 0, keep_dims=True), mask=has_d)
-    tl.store(h_end + batch * d_inner * d_state + states, h, mask=is_state)
+    tl.store(h_end + in_batch, h, mask=is_state)
 
 
 # ---- rung 5: backward
-@for_any_length
+@triton.jit(do_not_specialize=["length", "width"])
 def _scan_backward_kernel(x, dt, A, B, C, kept, grad_y, g_end,
                           grad_x, grad_dt, grad_A, grad_B, grad_C, g_start, length, width,
                           d_inner: tl.constexpr, d_state: tl.constexpr, groups: tl.constexpr,
                           KEPT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
     """_ChunkedScan's equations: KEPT steps forward from their kept state, then back.
 
-    Sums over programs are left in parts, grad_A (B, N, D), grad_B and grad_C (blocks, B, L, G, N):
-    atomics would add in another order every time.
+    Sums are left in parts, grad_A (B, N, D), grad_B and grad_C (blocks, B, L, G, N): atomics would
+    not repeat bit for bit.
     """
     group, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     n, d = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_D)[None, :]  # (N, 1), (1, M)
     d += tl.program_id(0) * BLOCK_D
     end_d, end_n = tl.where(d < d_inner // groups, length, 0), tl.where(n < d_state, length, 0)
-    d += group * (d_inner // groups)  # which exists at step t if t < end_d
+    d += group * (d_inner // groups)  # there at step t if t < end_d
     states, is_state = n * width + d, (end_d > 0) & (end_n > 0)  # (N, M)
-    A = load(A + states, is_state)  # (N, M)
-    g = load(g_end + batch * d_inner * d_state + states, is_state)  # (N, M)
-    sum_A = tl.zeros_like(A)
+    A, in_batch = load(A + states, is_state), batch * d_inner * d_state + states  # (N, M)
+    g, sum_A = load(g_end + in_batch, is_state), tl.zeros_like(A)  # (N, M)
     part = tl.program_id(0).to(tl.int64) * tl.num_programs(2) * length * groups * d_state
-    grad_B, grad_C = grad_B + part, grad_C + part  # those of this block
+    grad_B, grad_C = grad_B + part, grad_C + part  # of this block
     for back in range(0, length, KEPT):
         first = (length - 1 - back) // KEPT * KEPT
         row = batch * tl.cdiv(length, KEPT) + first // KEPT
@@ -446,12 +438,12 @@ def _scan_backward_kernel(x, dt, A, B, C, kept, grad_y, g_end,
             sum_A += dt_t * w
             tl.store(grad_x + channels, b * dt_t, mask=has_d)
             tl.store(grad_dt + channels, tl.sum(w * A, 0, keep_dims=True) + b * x_t, mask=has_d)
-    tl.store(g_start + batch * d_inner * d_state + states, g, mask=is_state)
-    tl.store(grad_A + batch * d_inner * d_state + states, sum_A, mask=is_state)
+    tl.store(g_start + in_batch, g, mask=is_state)
+    tl.store(grad_A + in_batch, sum_A, mask=is_state)
 
 
 class _TritonScan(Function):
-    """scan_loop by the two kernels; contiguous float32 tensors, A (N, D), h (B, N, D)."""
+    """scan_loop by the two kernels; contiguous float32, A (N, D), h (B, N, D)."""
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, h):
@@ -463,7 +455,9 @@ class _TritonScan(Function):
                          groups=groups, KEPT=KEPT, BLOCK_D=block_d, BLOCK_N=block_n,
                          num_warps=max(1, block_n * block_d // 256), **FUSED)
         y, h_end = torch.empty_like(x), torch.empty_like(h)
-        kept = h.new_empty(batch, triton.cdiv(length, KEPT), *A.shape)
+        kept = None
+        if any(ctx.needs_input_grad):
+            kept = h.new_empty(batch, triton.cdiv(length, KEPT), *A.shape)
         _scan_forward_kernel[ctx.grid](x, dt, A, B, C, h, y, kept, h_end, **ctx.sizes)
         ctx.save_for_backward(x, dt, A, B, C, kept)
         return y, h_end
@@ -472,7 +466,7 @@ class _TritonScan(Function):
     @once_differentiable
     def backward(ctx, grad_y, grad_h):
         x, dt, A, B, C, kept = ctx.saved_tensors
-        grad_x, grad_dt = torch.empty_like(x), torch.empty_like(dt)
+        grad_x, grad_dt = x.new_empty(2, *x.shape)
         grad_A, g_start = A.new_empty(2, len(x), *A.shape)
         grad_B, grad_C = A.new_empty(2, ctx.grid[0], *B.shape)
         _scan_backward_kernel[ctx.grid](
@@ -486,7 +480,7 @@ def scan_triton(x, dt, A, B, C, h):
     """scan_loop by Triton, with time in S segments where sequences are too few to fill the GPU.
 
     The kernels take segments for sequences: scanned from zero, then from the state that each
-    inherits, which shrinks in it by prod_t exp(dt_t A) = exp(A sum_t dt_t).
+    inherits, which shrinks in it by exp(A sum_t dt_t).
     """
     batch, length, d_inner = x.shape
     segments = pieces(batch * triton.cdiv(d_inner, 16), length, x.device)
@@ -510,31 +504,28 @@ def scan_triton(x, dt, A, B, C, h):
 def ssd_matrix(x, log_decay, B, C):
     """y = T x."""
     T = mixing_matrix(log_decay, B, C)  # (B, H, L, L)
-    return (T @ x.transpose(1, 2).to(T.dtype)).transpose(1, 2).to(x.dtype)
+    return torch.einsum("bhts,bshp->bthp", T, x.to(T.dtype)).to(x.dtype)
 
 
 scan = partial(selective_scan, dt_softplus=True)
-LADDERS = {  # function: its rungs, as (name, what it adds, how it is called)
-    "selective_scan": (
-        ("1 loop", "the formula, token by token", partial(scan, backend="ref")),
-        ("3 chunks", "gradients by hand, 1 state in 16 kept", partial(scan, backend="torch")),
-        ("4-6 Triton", "states in registers, time in pieces", partial(scan, backend="triton"))),
-    "ssd": (("1 loop", "the formula, token by token", ssd_ref),
-            ("2 matrix", "one L x L matrix for each head", ssd_matrix),
-            ("3 chunks", "matrices inside, states between", partial(ssd, chunk=32)))}
+LADDERS = {
+    "selective_scan": (SCAN_SHAPES, {"1 loop": partial(scan, backend="ref"),
+                                     "3 chunks": partial(scan, backend="torch"),
+                                     "4-6 Triton": partial(scan, backend="triton")}),
+    "ssd": (SSD_SHAPES, {"1 loop": ssd_ref, "2 matrix": ssd_matrix,
+                         "3 chunks": partial(ssd, chunk=32)})}
 
 
-def random_inputs(batch, length, channels, states, dtype, device):
-    """{function: inputs by name}: activations of the dtype, parameters and states in float32."""
-    draw, heads = partial(torch.randn, device=device), max(channels // 64, min(channels, 4))
-    activation = lambda *shape: draw(batch, length, *shape).to(dtype)
-    scan = dict(x=activation(channels), dt=activation(channels), A=-draw(channels, states).abs(),
-                B=activation(1, states), C=activation(1, states), D=draw(channels),
-                z=activation(channels), dt_bias=draw(channels), h0=draw(batch, channels, states))
-    ssd = dict(x=activation(heads, channels // heads), log_decay=-activation(heads).abs(),
-               B=activation(heads, states), C=activation(heads, states))
-    return {name: {key: u.requires_grad_() for key, u in inputs.items()}
-            for name, inputs in (("selective_scan", scan), ("ssd", ssd))}
+def random_inputs(shapes, batch, length, channels, states, dtype, device):
+    """Inputs by name, without h0: what has a time axis in this dtype, else float32."""
+    inputs, heads = {}, max(1, channels // 64)
+    sizes = dict(B=batch, L=length, D=channels, G=1, N=states, H=heads, P=channels // heads)
+    for name, letters in shapes.items():
+        u = torch.randn([sizes[letter] for letter in letters.split()], device=device,
+                        dtype=dtype if "L" in letters else torch.float32)
+        inputs[name] = (-u.abs() if name in ("A", "log_decay") else u).requires_grad_()
+    del inputs["h0"]
+    return inputs
 
 
 def values_and_gradients(function, inputs):
@@ -546,7 +537,7 @@ def values_and_gradients(function, inputs):
 
 def largest_error(found, expected):
     """The largest difference, each tensor's as a share of its largest entry."""
-    errors = [(a - b).abs().max().float() / b.abs().max().float() for a, b in zip(found, expected)]
+    errors = [((a - b).abs().max() / b.abs().max()).float() for a, b in zip(found, expected)]
     return torch.stack(errors).max().item()  # unlike Python's max, it returns a NaN
 
 
@@ -554,10 +545,10 @@ def bytes_kept(function, inputs):
     """Bytes that autograd keeps for the backward pass."""
     kept = {}
 
-    def pack(tensor):
+    def keep(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda u: u):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         values_and_gradients(function, inputs)
     return sum(kept.values())
 
@@ -571,26 +562,25 @@ def main():
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
                         help="default: bfloat16 on cuda, else float32")
     args = parser.parse_args()
+    sizes = args.batch, args.length, args.channels, args.states
     device, dtype = choose_device(args.device, args.dtype)
     torch.manual_seed(0)
-    inputs = random_inputs(args.batch, args.length, args.channels, args.states, dtype, device)
-    print(f"{'':15} {'rung':11} {'what it adds':38} {'error':>8} {'ms':>9} {'MB kept':>8}")
-    for name, rungs in LADDERS.items():
-        below = None
-        for rung, adds, function in rungs:
-            line = f"{name:15} {rung:11} {adds:38}"
+    print(f"{'':15} {'rung':11} {'error':>8} {'ms':>9} {'MB kept':>8}")
+    for name, (shapes, rungs) in LADDERS.items():
+        inputs, below = random_inputs(shapes, *sizes, dtype, device), None
+        for rung, function in rungs.items():
             if "Triton" in rung and device.type == "cpu":
-                print(f"{line}  needs a GPU")
+                print(f"{name:15} {rung:11} needs a GPU")
                 continue
-            found = values_and_gradients(function, inputs[name])
+            work = partial(values_and_gradients, function, inputs)
+            found = work()
             error, below = largest_error(found, below or found), found
             if not error < (1e-4 if dtype == torch.float32 else 5e-2):
                 raise SystemExit(f"kernels.py: {name}, rung {rung}, is off by {error:.1e}")
-            wait = lambda: values_and_gradients(function, inputs[name])[1].sum().item()
-            seconds = statistics.median(timeit.repeat(wait, number=1, repeat=5))
-            print(f"{line} {error:8.0e} {1e3 * seconds:9.2f} "
-                  f"{bytes_kept(function, inputs[name]) / 1e6:8.1f}")
+            seconds = min(timeit.repeat(lambda: work()[1].sum().item(), number=1))
+            print(f"{name:15} {rung:11} {error:8.0e} {1e3 * seconds:9.2f} "
+                  f"{bytes_kept(function, inputs) / 1e6:8.1f}")
 
 
 if __name__ == "__main__":
-    run(main, lower="--batch or --length")
+    run(main, "--batch or --length", resumes=False)

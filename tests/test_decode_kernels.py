@@ -27,33 +27,30 @@ def run_python(*command, **environment):
 
 
 # ---- steps
-def settings_of(step):
-    return {"dt_softplus": True} if step is kernels.selective_step else {}
+SCAN_STEP = partial(kernels.selective_step, dt_softplus=True)
+SCAN_REF = partial(kernels.selective_scan_ref, dt_softplus=True)
+RECURRENCES = pytest.mark.parametrize("step, make", [
+    (SCAN_STEP, scan_inputs), (kernels.ssd_step, ssd_inputs)])
 
 
-def run_steps(step, inputs, state=None, **settings):
+def run_steps(step, inputs, state=None, **backend):
     """y of all steps, and the state; it changes in place: the same memory, step after step."""
     state = (inputs["h0"] if state is None else state).clone()
-    address, settings = state.data_ptr(), settings | settings_of(step)
-    y = torch.stack([step(state, **part(inputs, t), **settings)
-                     for t in range(inputs["x"].shape[1])], dim=1)
+    address, steps = state.data_ptr(), range(inputs["x"].shape[1])
+    y = torch.stack([step(state, **part(inputs, t), **backend) for t in steps], dim=1)
     assert state.data_ptr() == address
     return y, state
 
 
-RECURRENCES = pytest.mark.parametrize("step, make", [
-    (kernels.selective_step, scan_inputs), (kernels.ssd_step, ssd_inputs)])
-
-
 @BACKENDS
 @pytest.mark.parametrize("step, ref, make, sizes", [
-    (kernels.selective_step, kernels.selective_scan_ref, partial(scan_inputs, options=some), size)
+    (SCAN_STEP, SCAN_REF, partial(scan_inputs, options=some), size)
     for some in ((), OPTIONS) for size in ((6, 5, 2), (4, 16, 1), (3, 1, 3), (2, 256, 1))
-] + [(kernels.ssd_step, kernels.ssd_ref, ssd_inputs, (2, *size))
-     for size in ((3, 5), (64, 64), (1, 1))])
+] + [(kernels.ssd_step, kernels.ssd_ref, ssd_inputs, size)
+     for size in ((2, 3, 5), (2, 64, 64), (1, 1, 1))])
 def test_token_by_token_is_the_whole_sequence(step, ref, make, sizes, backend):
     inputs = make(2, 3, *sizes)
-    wanted = ref(**double(inputs), **settings_of(step))
+    wanted = ref(**double(inputs))
     h0 = inputs.get("h0", torch.zeros_like(wanted[1], dtype=torch.float32))
     assert_same(run_steps(step, inputs, h0, backend=backend), wanted)
 
@@ -102,15 +99,15 @@ def test_softplus_keeps_its_digits_at_both_ends(dt, backend):
     inputs = scan_inputs(1, 1, 2, 2, 1, options=())
     for name, value in (("dt", dt), ("A", -1e-6), ("B", 1)):
         inputs[name][:] = value
-    _, wanted = kernels.selective_scan_ref(**double(inputs), dt_softplus=True)
+    _, wanted = SCAN_REF(**double(inputs))
     h0 = torch.zeros_like(wanted).float()
-    assert_close(run_steps(kernels.selective_step, inputs, h0, backend=backend)[1], wanted)
+    assert_close(run_steps(SCAN_STEP, inputs, h0, backend=backend)[1], wanted)
 
 
 def test_steps_run_where_gradients_are_recorded():
     """Decoding needs no torch.no_grad. Red where a view that autograd guards is written to."""
     conv = conv_inputs(2, 1, dtype=torch.float32)
-    for step, inputs in ((kernels.selective_step, scan_inputs(2, 1)),
+    for step, inputs in ((SCAN_STEP, scan_inputs(2, 1)),
                          (kernels.ssd_step, ssd_inputs(2, 1)),
                          (kernels.causal_conv_step, conv | {"h0": conv.pop("past")})):
         token = part(inputs, 0) | {"x": inputs["x"][:, 0].requires_grad_()}
@@ -147,7 +144,7 @@ def test_decode_attention_is_its_definition(heads, kv_heads, head_dim, backend, 
                                             monkeypatch):
     """Rows around a block of 64 columns, in one part or three, of which some are empty; sizes that
     fill a tile and that don't. A batch that has shrunk is the first rows of its tensors."""
-    monkeypatch.setattr(decode_kernels, "pieces", lambda programs, length, device: parts)
+    monkeypatch.setattr(decode_kernels, "pieces", lambda *sizes: parts)
     inputs = attention_inputs([0, 1, 63, 64, 65, 130, 9], heads, kv_heads, 130, head_dim, dtype)
     inputs = {name: u[:6] for name, u in inputs.items()}
     wanted = attention(**inputs)
@@ -160,66 +157,54 @@ def test_decode_attention_is_its_definition(heads, kv_heads, head_dim, backend, 
     assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("name, shape, message", [
-    ("q", (2, 3, 8), "3 heads"), ("keys", (2, 2, 9, 7), "keys has"), ("lengths", (3,), "lengths")])
-def test_decode_attention_names_the_tensor_of_wrong_shape(name, shape, message):
-    with pytest.raises(ValueError, match=message):
-        decode_kernels.decode_attention(**attention_inputs([1, 2]) | {name: torch.ones(shape)})
-
-
 # ---- which backend
-SCAN_BY_NAME = """
-import torch, kernels
-x, n = torch.ones(1, 3, 2), torch.ones(1, 3, 1, 2)
-print(kernels.selective_scan(x, x, -x[0, :2], n, n)[0].isfinite().all())
-try:
-    kernels.selective_scan(x, x, -x[0, :2], n, n, backend="triton")
-except ValueError as error:
-    print(error)
-"""
+@pytest.mark.parametrize("interpreted, dtype, message", [
+    (False, torch.float32, r"not on a GPU \(TRITON_INTERPRET=1"),
+    (None, torch.float32, "Triton is not installed"), (True, torch.float64, "float64")])
+def test_asked_for_by_name_triton_says_in_one_line_why_it_cannot_run(interpreted, dtype, message,
+                                                                     monkeypatch):
+    monkeypatch.setattr(decode_kernels, "INTERPRETED", interpreted)
+    assert not decode_kernels.use_triton("auto", torch.zeros(1, dtype=dtype))
+    with pytest.raises(ValueError, match=message):
+        decode_kernels.use_triton("triton", torch.zeros(1, dtype=dtype))
 
 
-@pytest.mark.parametrize("before, message", [
-    ("", "not on a GPU (TRITON_INTERPRET=1"),
-    ("import sys; sys.modules['triton'] = None  # as if not installed", "Triton is not installed")])
-def test_asked_for_by_name_triton_says_in_one_line_why_it_cannot_run(before, message):
-    """On a CPU, and where Triton is missing; all the rest works there."""
-    works, error = run_python("-c", before + SCAN_BY_NAME)
-    assert works == "tensor(True)" and message in error
+def test_where_triton_is_missing_all_the_rest_works():
+    assert run_python("-c", """if True:
+        import sys; sys.modules["triton"] = None
+        import torch, kernels
+        x, n = torch.ones(1, 3, 2), torch.ones(1, 3, 1, 2)
+        print(kernels.selective_scan(x, x, -x[0, :2], n, n)[0].isfinite().all())""") == [
+            "tensor(True)"]
 
 
-def test_auto_takes_triton_on_gpus_only_and_leaves_gradients_of_steps_to_pytorch():
-    assert not decode_kernels.use_triton("auto", torch.zeros(1))
-    if decode_kernels.INTERPRETED is not None:
-        with pytest.raises(ValueError, match="float64"):
-            decode_kernels.use_triton("triton", torch.zeros(1, device=DEVICE).double())
-    if DEVICE == "cuda":
-        u = torch.zeros(1, device="cuda", requires_grad=True)
-        assert decode_kernels.use_triton("auto", u)
-        assert not decode_kernels.use_triton("auto", u, backward=False)
-        assert not decode_kernels.use_triton("auto", u.double())
-        assert decode_kernels.use_triton("auto", u.detach(), backward=False)
+@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU here")
+def test_auto_takes_triton_on_gpus_and_leaves_gradients_of_steps_to_pytorch():
+    u = torch.zeros(1, device="cuda", requires_grad=True)
+    for backward, x, wanted in ((True, u, True), (False, u, False), (True, u.double(), False),
+                                (False, u.detach(), True)):
+        assert decode_kernels.use_triton("auto", x, backward=backward) == wanted
 
 
 # ---- ahead of time
 def record_launches(dtype, d_state):
-    """{name: (kernel, arguments)} of all kernels as the public functions launch them, not run."""
+    """(kernel, arguments) of all kernels as the public functions launch them; nothing runs."""
     from triton.runtime.jit import JITFunction
-    recorded = {}
+    recorded = []
 
     def record(kernel, *args, grid, warmup, **named):
-        recorded[kernel.fn.__name__] = kernel, dict(zip(kernel.arg_names, args)) | named
+        recorded.append((kernel, dict(zip(kernel.arg_names, args)) | named))
 
-    JITFunction.run, decode_kernels.INTERPRETED = record, True
+    JITFunction.run = record
+    kernels.use_triton = decode_kernels.use_triton = lambda *tensors, **settings: True
     scan = cast(scan_inputs(1, 40, 128, d_state, 1), dtype, TIMED)
     leaf = scan | {"x": scan["x"].clone().requires_grad_()}
-    kernels.selective_scan(**leaf, dt_softplus=True, backend="triton")[0].sum().backward()
-    run_steps(kernels.selective_step, scan, backend="triton")
-    run_steps(kernels.ssd_step, cast(ssd_inputs(1, 1, 2, 64, 64), dtype, TIMED), backend="triton")
+    kernels.selective_scan(**leaf, dt_softplus=True)[0].sum().backward()
+    run_steps(SCAN_STEP, part(scan, slice(1)) | {"h0": scan["h0"]})
+    run_steps(kernels.ssd_step, cast(ssd_inputs(1, 1, 2, 64, 64), dtype, TIMED))
     conv = cast(conv_inputs(1, 1, 128, dtype=torch.float32), dtype, ("x", "past"))
-    run_steps(kernels.causal_conv_step, conv, conv.pop("past"), backend="triton")
-    cache = attention_inputs([9, 5], 6, head_dim=64, dtype=dtype)
-    decode_kernels.decode_attention(**cache, backend="triton")
+    run_steps(kernels.causal_conv_step, conv, conv.pop("past"))
+    decode_kernels.decode_attention(**attention_inputs([9, 5], 6, head_dim=64, dtype=dtype))
     return recorded
 
 
@@ -251,12 +236,12 @@ def test_every_kernel_compiles_ahead_of_time_without_spills(dtype, d_state, capa
     pytest.importorskip("triton")
     lines = run_python(__file__, dtype, str(d_state), str(capability),
                        PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
-    spilled = {name: int(count) for name, count in map(str.split, lines)}
-    assert spilled.keys() == {name for module in (kernels, decode_kernels) for name in vars(module)
-                              if name.endswith("_kernel")}
-    assert max(spilled.values()) <= 32, spilled  # other versions of Triton spill a little
+    names, spilled = zip(*map(str.split, lines))
+    assert {*names} == {name for module in (kernels, decode_kernels) for name in vars(module)
+                        if name.endswith("_kernel")}
+    assert max(map(int, spilled)) <= 32, lines  # other versions of Triton spill a little
 
 
 if __name__ == "__main__":
-    for name, launch in record_launches(getattr(torch, sys.argv[1]), int(sys.argv[2])).items():
-        print(name, spilled_bytes(*launch, int(sys.argv[3])))
+    for kernel, arguments in record_launches(getattr(torch, sys.argv[1]), int(sys.argv[2])):
+        print(kernel.fn.__name__, spilled_bytes(kernel, arguments, int(sys.argv[3])))

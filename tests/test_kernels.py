@@ -9,7 +9,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 import kernels
@@ -64,18 +63,6 @@ def double(inputs):
 def part(inputs, span):
     """The inputs of some steps, or of one, without h0."""
     return {name: u[:, span] if name in TIMED else u for name, u in inputs.items() if name != "h0"}
-
-
-def pad(inputs, count, values):
-    """The inputs with `count` more steps, which hold a value by name."""
-    return {name: F.pad(u, (0, 0) * (u.dim() - 2) + (0, count), value=values[name])
-            if name in TIMED else u for name, u in inputs.items()}
-
-
-def unpad(found, length):
-    """y and gradients of what has a time axis, without the steps behind `length`."""
-    return {name: u[:, :length] if name.removeprefix("grad of ") in (*TIMED, "y") else u
-            for name, u in found.items()}
 
 
 def results(function, inputs, use=("y", "h"), **settings):
@@ -175,9 +162,22 @@ def test_scan_in_segments(asked, length, calls, monkeypatch):
     called, apply = [], kernels._TritonScan.apply
     monkeypatch.setattr(kernels._TritonScan, "apply",
                         lambda *tensors: called.append(tensors) or apply(*tensors))
-    monkeypatch.setattr(kernels, "pieces", lambda programs, length, device: asked)
+    monkeypatch.setattr(kernels, "pieces", lambda *sizes: asked)
     assert_scan_is_the_loop(scan_inputs(2, length, 4, 3, 1), "triton")
     assert len(called) == calls
+
+
+def test_triton_keeps_states_for_a_backward_pass_only(monkeypatch):
+    """`kept` is a kernel's eighth argument; without it, y and h are the same to the bit."""
+    pytest.importorskip("triton")
+    kernel, kept, inputs = kernels._scan_forward_kernel, [], scan_inputs()
+    monkeypatch.setattr(kernels, "_scan_forward_kernel", {(1, 2, 1): lambda *tensors, **sizes: (
+        kept.append(tensors[7]), kernel[1, 2, 1](*tensors, **sizes))})
+    found = kernels.selective_scan(**inputs, backend="triton")
+    inputs["x"].requires_grad_()
+    recorded = kernels.selective_scan(**inputs, backend="triton")
+    assert kept[0] is None and kept[1].shape == (1, 3, 5, 6)
+    assert all(torch.equal(a, b) for a, b in zip(found, recorded))
 
 
 @BACKENDS
@@ -200,14 +200,6 @@ def test_scan_takes_strided_inputs_leaves_them_alone_and_repeats_bit_for_bit(bac
     assert_same(kernels.selective_scan(**wide, **settings), (first["y"], first["h"]))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(torch.equal(u, inputs[name]) for name, u in wide.items())
-
-
-def test_channel_d_reads_group_d_over_group_size():
-    """Groups are consecutive channels. Red if they are interleaved (d reading group d % G)."""
-    inputs = scan_inputs(d_inner=6, groups=3, dtype=torch.float64)
-    private = inputs | {name: inputs[name].repeat_interleave(2, dim=2) for name in "BC"}
-    for function in (kernels.selective_scan, kernels.selective_scan_ref):
-        assert_close(function(**inputs)[0], kernels.selective_scan_ref(**private)[0])
 
 
 def test_scan_keeps_a_sixteenth_of_the_states():
@@ -287,17 +279,21 @@ def test_two_halves_are_the_whole(function, make, split):
 @BOTH
 def test_padding_is_left_out_exactly(function, make):
     """dt = -inf, and x = 0 with log_decay = 0: no bit of h or a gradient depends on what stands
-    behind a row's end."""
-    real = make(1, 11)
+    behind a row's end, step 11 here."""
+    inputs = make(1, 17)
+    no_step = {"dt": -torch.inf} if "dt" in inputs else {"x": 0, "log_decay": 0}
 
     def padded(value):
-        no_step = {"dt": -torch.inf} if "dt" in real else {"x": 0, "log_decay": 0}
-        found = results(function, pad(real, 6, dict.fromkeys(TIMED, value) | no_step), ("h",))
-        assert "dt" not in real or not found["grad of dt"][:, 11:].any()
-        return unpad(found, 11)
+        for name in inputs.keys() & {*TIMED}:
+            inputs[name][:, 11:] = no_step.get(name, value)
+        found = results(function, inputs, ("h",))
+        assert "dt" not in inputs or not found["grad of dt"][:, 11:].any()
+        return {name: u[:, :11] if name.removeprefix("grad of ") in (*TIMED, "y") else u
+                for name, u in found.items()}
 
     first, second = padded(3.0), padded(-50.0)
     assert all(torch.equal(first[name], second[name]) for name in first)
+    real = part(inputs, slice(11)) | {"h0": inputs["h0"]}
     assert_same(first, results(function, real, ("h",)))
 
 
@@ -372,7 +368,7 @@ def test_autocast_changes_nothing():
 
 @pytest.mark.parametrize("function, inputs, name, wrong, message", [
     (kernels.selective_scan, scan_inputs, *row) for row in (
-        ("x", (2, 20), r"x has shape \(2, 20\), expected \(B, L, D\)"),
+        ("x", (2, 20), r"x has shape \(2, 20\), expected \(2, 20, D\)"),
         ("x", (1, 0, 6), r"x has shape \(1, 0, 6\), expected \(1, 1 or more, 6\)"),
         ("dt", (1, 20, 1), r"dt has shape \(1, 20, 1\), expected \(1, 20, 6\) = \(B, L, D\)"),
         ("A", (5, 6), "A has shape"), ("B", (1, 20, 5), "B has"), ("C", (1, 20, 3, 5), "C has"),
@@ -381,21 +377,14 @@ def test_autocast_changes_nothing():
     (kernels.ssd, ssd_inputs, *row) for row in (
         ("log_decay", (2, 20), "log_decay has shape"), ("h0", (2, 2, 5, 3), "h0 has shape"),
         ("backend", "triton", "backend is 'triton'"))] + [
-    (kernels.causal_conv, conv_inputs, *row) for row in (
-        ("weight", (5, 4), r"weight has shape \(5, 4\), expected \(5, 1, W\)"),
-        ("past", (2, 5, 3), r"past has shape \(2, 5, 3\), expected \(2, 3, 5\)"),
-        ("counts", (3,), "counts has shape"))])
+    (kernels.selective_scan, partial(scan_inputs, groups=4), "backend", "auto",
+     "4 groups, expected a divisor of 6 channels")])
 def test_a_wrong_argument_is_named_in_one_line(function, inputs, name, wrong, message):
     """The tensor, its shape and the expected one, not a broadcast unnoticed."""
     wrong = torch.zeros(wrong, device=DEVICE) if isinstance(wrong, tuple) else wrong
     with pytest.raises(ValueError, match=message) as error:
         function(**inputs() | {name: wrong})
     assert "\n" not in str(error.value)
-
-
-def test_groups_must_divide_the_channels():
-    with pytest.raises(ValueError, match="4 groups, expected a divisor of 6 channels"):
-        kernels.selective_scan(**scan_inputs() | dict.fromkeys("BC", torch.zeros(1, 20, 4, 5)))
 
 
 # ---- the script

@@ -319,7 +319,7 @@ def test_loading_needs_little_more_than_the_weights(make_lm, tmp_path):
     (dict(head_dim=15), "head_dim = 15 is odd"),
     (dict(n_heads=4, n_kv_heads=3), "n_heads = 4 .* n_kv_heads = 3"),
     (dict(rope_scaling=dict(rope_type="linear", factor=2.0)), "unsupported RoPE type 'linear'"),
-    (dict(rope_scaling=dict(rope_type="llama3", factor=2.0)), "RoPE scaling: low_freq_factor is missing"),
+    (dict(rope_scaling=dict(rope_type="llama3", factor=2.0)), "low_freq_factor is missing"),
 ])
 def test_impossible_configs_are_refused_with_the_values(fields, message):
     with pytest.raises(ValueError, match=message):
