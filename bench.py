@@ -6,9 +6,8 @@
     python bench.py --against FOLDER --batch 16    a Llama's weights, here and in transformers
     python bench.py --kernels            the selective scan here and in other packages
 
-Writes  out/bench.jsonl, a line for each measured line of a table
-
-What is compared takes turns; a speed, and its ratio over the first one's, is their median.
+Writes  out/bench.jsonl, a line for each measured line of a table. What is compared takes turns; a
+speed, and its ratio over the first one's, is their median.
 """
 import copy
 import gc
@@ -32,7 +31,7 @@ LLAMA = dict(vocab_size=128256, n_kv_heads=8, d_ff=8192)
 LLAMA_3B = LLAMA | dict(d_model=3072, n_layers=28, n_heads=24)
 HYBRID_3B = 3, 8, 13, 18, 23, 27  # MambaInLlama's; of its 1B hybrid only the number, 4, is known
 SHAPES = {  # a Llama; the hybrid's mixer, and its layers of attention; where the pure one differs
-    "tiny": (dict(), "mamba2", (1,), {}),  # built-in
+    "tiny": (dict(), "mamba2", (1,), {}),
     "smollm2-135m": (dict(vocab_size=49152, d_model=576, n_layers=30, n_heads=9, n_kv_heads=3,
                           d_ff=1536), "mamba2", (3, 7, 11, 15, 19, 23, 27), {}),
     "llama-1b": (LLAMA | dict(d_model=2048, n_layers=16, n_heads=32), "mamba", (3, 7, 11, 15), {}),
@@ -42,7 +41,7 @@ SHAPES = {  # a Llama; the hybrid's mixer, and its layers of attention; where th
 
 
 def empty_models(shape, dtype):
-    """{"transformer", "pure", "hybrid": model} of a shape, on the device "meta": without memory."""
+    """{"transformer", "pure", "hybrid": model} of a shape, on the device "meta"."""
     llama, mixer, attention, pure = SHAPES[shape]
     n_layers = Config(**llama).n_layers
     hybrid = ["attention" if i in attention else mixer for i in range(n_layers)]
@@ -74,8 +73,7 @@ def ceilings(shape, batch, prompt, generate, memory):
     """Yield tokens/s over the Transformer's by bytes alone (and rows: each of `batch`, then what
     fills `memory` GB); weights and caches in bfloat16, states in 32 or 16 bits.
 
-    Where bytes bind, time is bytes / bandwidth, and the bandwidth drops out of the ratio. With
-    thousands of rows arithmetic binds first.
+    Where bytes bind, the bandwidth drops out of the ratio; with thousands of rows arithmetic does.
     """
     for name in shape:
         models = empty_models(name, torch.bfloat16)
@@ -196,14 +194,6 @@ def ours(**inputs):
     return kernels.selective_scan(**inputs, dt_softplus=True)[0]
 
 
-def mamba_ssm(x, dt, A, B, C, D, z, dt_bias):
-    """Gu and Dao's: channels first."""
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-    x, dt, z = (u.transpose(1, 2).contiguous() for u in (x, dt, z))  # (B, D, L)
-    B, C = (u.permute(0, 2, 3, 1).contiguous() for u in (B, C))  # (B, G, N, L)
-    return selective_scan_fn(x, dt, A, B, C, D, z, dt_bias, delta_softplus=True).transpose(1, 2)
-
-
 def mambapy(x, dt, A, B, C, D, z, dt_bias):
     """In PyTorch, as its MambaBlock.selective_scan does; one group."""
     from mambapy.pscan import pscan
@@ -221,7 +211,7 @@ def bench_kernels(shape, batch, prompt, repeats, device, dtype):
         inputs = kernels.random_inputs(kernels.SCAN_SHAPES, rows, prompt, channels, 16, dtype,
                                        device)
         work = kernels.values_and_gradients
-        for scan in ours, mamba_ssm, mambapy:
+        for scan in ours, mambapy:
             try:
                 found.append(work(scan, inputs))  # warms up, too
                 runs[scan.__name__] = speed_of, rows * prompt, work, scan, inputs

@@ -1,5 +1,5 @@
 """What every script shares: one-line errors, options, JSON, files replaced whole, a run's identity,
-locks, the device. Nothing here is about models; torch is imported where it is needed.
+locks, the device. torch is imported where it is needed.
 """
 import argparse
 import contextlib
@@ -189,8 +189,8 @@ def crc(content):
 
 
 def same_settings(path, settings, begun):
-    """ValueError names each setting in which a run differs from the one recorded in `path`, if that
-    one has begun: completed a step or a record."""
+    """ValueError names the settings in which a run differs from the one recorded in `path`, if that
+    one has completed a step or a record."""
     if not begun:
         return
     old, new = read_json(path), json.loads(json.dumps(settings))  # tuples become lists
@@ -223,15 +223,24 @@ def locked(folder):
 
 def find_models(out):
     """Folders of the finished checkpoints under `out`: the teacher first, then by name."""
-    models = [path.parent for path in Path(out).glob("*/config.json")]
-    models = [model for model in models if model.suffix != ".tmp"]
+    models = [path.parent for path in sorted(Path(out).glob("*/config.json"))]
+    models = [str(model) for model in models if model.suffix != ".tmp"]
     if not models:
-        raise ValueError(f"no models under {out}/: run python distill.py first, "
-                         f"or name one with --model")
-    return sorted(map(str, models), key=lambda model: (Path(model).name != "teacher", model))
+        raise ValueError(f"no models under {out}/: run python distill.py first, or use --model")
+    return sorted(models, key=lambda model: Path(model).name != "teacher")
 
 
-# ---- device
+# ---- task and device
+def add_task_options(add, limit=None):
+    """Add --task and what is taken of it."""
+    add("--task", default="arithmetic", help="or gsm8k, math500, openmath2, openmath2[1000:2000], "
+        "a .jsonl file of problems, solutions or samples")
+    add("--limit", type=number(1), default=limit, help="how many problems; without it, all")
+    add("--subset-seed", type=number(0), help="take them at random; default: the first")
+    add("--prompt-file", help="text around {question}; default: an instruction to reason, nothing "
+        "for arithmetic")
+
+
 def add_device_options(add):
     """Add --device and --dtype, arguments of choose_device."""
     add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")

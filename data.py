@@ -80,10 +80,9 @@ TOKENIZER_FILE = "tokenizer.tiktoken.json"
 class Tokenizer:
     """A tiktoken.Encoding, and what a chat puts around a question and ends an answer with.
 
-    `definition` is saved with a checkpoint: pattern (regex that cuts a text into pieces), ranks
-    (each id's bytes in base64, null if special), special (name -> id), chat (before and after the
-    question: lists of special names and texts), trim (strip the question?), eos (names; the first
-    ends a turn).
+    `definition`, saved with a checkpoint: pattern (regex that cuts a text into pieces), ranks (each
+    id's bytes in base64, null if special), special (name -> id), chat (before and after a question:
+    lists of special names and texts), trim (strip the question?), eos (names; the first ends it).
     """
 
     def __init__(self, definition):
@@ -161,8 +160,8 @@ def problem_from(row, default_id, where):
     """The Problem in a row of GSM8K (question, answer), MATH (problem, solution, answer),
     OpenMathInstruct (problem, generated_solution, expected_answer) or a samples.jsonl.
 
-    GSM8K's answer is a solution, with a calculator's <<1+1=2>> in it, then #### and the answer. A
-    sample is a solution, taken as it is, if it came to an end and boxes an answer.
+    GSM8K's answer is a solution with calculations <<1+1=2>> in it, then #### and the answer. A
+    sample is a solution, as it is, if it came to an end and boxes an answer.
     """
     def first(*columns):
         return next((row[column] for column in columns if row.get(column) is not None), None)

@@ -1,7 +1,7 @@
 """Helpers around Triton, the kernels for ONE token, and `prepare`: a model ready for decoding.
 
-On a GPU a step is one kernel, so that a layer's state is read and written once. The formulas stand
-in kernels.py, with the steps in PyTorch. Letters in shape comments are model.py's.
+On a GPU a step is one kernel, so that a layer's state is read and written once. Formulas, and the
+steps in PyTorch, stand in kernels.py.
 """
 from functools import partial
 from types import SimpleNamespace
@@ -54,9 +54,9 @@ def use_triton(backend, x, *others, backward=True):
     """
     obstacle = None
     if INTERPRETED is None:
-        obstacle = "Triton is not installed (pip install triton, on Linux)"
+        obstacle = "Triton is not installed"
     elif not (x.is_cuda or INTERPRETED):
-        obstacle = "the tensors are not on a GPU (TRITON_INTERPRET=1 runs it on a CPU)"
+        obstacle = "the tensors are not on a GPU (nor TRITON_INTERPRET=1 set)"
     elif x.dtype == torch.float64:
         obstacle = "a tensor is float64: use 'torch'"
     if backend == "auto":
@@ -171,8 +171,7 @@ def _decode_attention_kernel(q, keys, values, lengths, y, weight, capacity, part
     """One program: a part of the used columns of a row and kv head, for its H/K query heads.
 
     y (B, K, parts, H/K, P) is the attention to it, weight (B, K, parts, H/K) the log of its sum of
-    exponentials. At a higher score, what has been summed shrinks (online softmax, Milakov &
-    Gimelshein 2018). Grid: parts, K, B.
+    exponentials (online softmax, Milakov & Gimelshein 2018). Grid: parts, K, B.
     """
     part, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
     head, length = row * tl.num_programs(1) + tl.program_id(1), tl.load(lengths + row).to(tl.int32)

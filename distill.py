@@ -29,8 +29,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 import hub
 import parallel
-from common import (Parser, choose_device, crc, folder_name, json_line, number, read_json,
-                    read_jsonl, replace_file, run, same_settings, write_bytes, write_json)
+from common import (Parser, add_device_options, add_task_options, choose_device, crc, folder_name,
+                    json_line, number, read_json, read_jsonl, replace_file, run, same_settings,
+                    write_bytes, write_json)
 from data import Pairs, choose_subset, load_task, load_tokenizer, prompt_template
 from grade import extract_answer, is_correct
 from model import FROM_ATTENTION, LM, MIXERS, Config, student_from, weight_dtype
@@ -420,16 +421,10 @@ def distill(folder, settings, pairs, source, hardware):
 def add_shared_options(parser):
     """Add the options that teacher.py has too."""
     add = parser.add_argument_group("what to learn from").add_argument
-    add("--task", default="arithmetic", help="or gsm8k, openmath2, openmath2[1000:2000], a .jsonl "
-        "file of solutions or samples")
-    add("--limit", type=number(1), help="how many problems; default: all")
-    add("--subset-seed", type=number(0), help="take them at random; default: the first")
-    add("--prompt-file", help="text around {question}; default: an instruction to reason, nothing "
-        "for arithmetic")
+    add_task_options(add)
     add("--seed", type=number(0, 2 ** 31), default=0, help="of weights and the data's order")
     add = parser.add_argument_group("where and how to compute").add_argument
-    add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
-    add("--dtype", choices=["float32", "bfloat16"], help="of autocast; default: bfloat16 on cuda")
+    add_device_options(add)
     add("--accumulate", type=number(1), default=1, help="pieces of a batch, for less memory")
     add("--checkpoint-activations", action="store_true", help="for less memory")
     add("--compile", action="store_true", help="use torch.compile")

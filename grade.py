@@ -22,7 +22,6 @@ from common import Parser, crc, folder_name, number, read_json, read_jsonl, run,
 from verdict import extract_answer, groups, is_correct
 
 SCORED = "best_of_n", "weighted"  # rules that take the time of a judge's scoring, too
-# Records are lines of samples.jsonl as dicts, with a judge's `score` and its moment, `scored`.
 
 
 # ---- votes
@@ -283,8 +282,8 @@ def main(argv=None):
     add = parser.add_argument
     add("--out", type=Path, default="out", help="folder with one folder per model")
     add("--model", nargs="+", metavar="NAME", default=[], help="only these; default: all")
-    add("--teacher", metavar="NAME", help="compare all others with this one; default: teacher, "
-        "for small ones teacher-small")
+    add("--teacher", metavar="NAME", help="compare all with this one; default: teacher, for small "
+        "ones teacher-small")
     add("--scores", type=folder_name, metavar="FILE", help="of a judge, in each model's folder; "
         "default: scores.jsonl if all have it")
     add("--seed", type=number(0), default=0, help="of the bootstrap")

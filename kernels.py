@@ -13,12 +13,12 @@ matrix of states and one decay for all,
     h_t = exp(log_decay_t) h_{t-1} + x_t B_t^T
     y_t = h_t C_t
 
-The ladder, every rung tested against the one below:
+The ladder, every rung tested against the one before:
 
     1  loop        the formulas: L small steps, and autograd keeps every state
     2  matrices    SSD as attention without softmax, with forgetting: work L^2
-    3  chunks      matrices within chunks of Q steps, states between: work L Q, L/Q steps;
-                   the scan in chunks too, with its gradients by hand
+    3  chunks      SSD: matrices within chunks of Q steps, states between: work L Q, L/Q steps;
+                   the scan: the state before each chunk is kept, the others computed twice
     4  Triton      the scan in one kernel, its states in registers
     5  backward    rung 3's gradients, in registers
     6  segments    pieces of time side by side, where batch x channels do not fill a GPU

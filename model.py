@@ -50,7 +50,7 @@ class Config:
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # Llama 3's, see stretched
     norm_eps: float = 1e-5
-    tie_embeddings: bool = True  # one matrix for tokens in and logits out
+    tie_embeddings: bool = True  # one matrix for tokens and logits
     max_length: int = 2048  # longest sequence the model was made for
     mixers: list | None = None  # a word of MIXERS for each layer; None: attention everywhere
     d_state: int | None = None  # None: 16 in "mamba", head_dim in "mamba2"
@@ -280,9 +280,9 @@ class Mamba2(nn.Module):
         return kernels.mixing_matrix(log_decay, B.float(), C.float()) + skip
 
 
-# A mixer of your own is a class with what Mamba2 has (mixing_matrix only for orientation), an entry
-# here and one in FROM_ATTENTION. Below the line: `reads` (CacheReads) says where the tokens stand
-# in each row's cache, `masked` makes padding change nothing, `convolve` goes on from a cache.
+# A mixer of your own is a class with what Mamba2 has, an entry here and one in FROM_ATTENTION.
+# Below the line: `reads` (CacheReads) says where the tokens stand in each row's cache, `masked`
+# makes padding change nothing, `convolve` goes on from a cache.
 MIXERS = {"attention": Attention, "mamba": Mamba, "mamba2": Mamba2}
 
 
@@ -301,7 +301,7 @@ class Block(nn.Module):
     mixer = property(lambda self: getattr(self, self.key))
 
     def mixing_matrix(self, x, rope):
-        """The mixer's matrix, given the block's input x: (B, H, L, L)."""
+        """The mixer's matrix for the block's input x: (B, H, L, L)."""
         return self.mixer.mixing_matrix(self.input_layernorm(x), rope)
 
     def forward(self, x, rope, cache=None, reads=None):  # (B, L, d_model)
@@ -376,9 +376,8 @@ class LM(nn.Module):
     def forward(self, tokens, state=None, counts=None):
         """tokens (B, L) int64 -> logits (B, L, V).
 
-        With a state the tokens continue each row, and the state moves on, in place. With counts
-        (B,) row b has counts[b] tokens, the rest is padding on its right, and logits (B, 1, V) are
-        those of each row's last token.
+        With a state the tokens continue each row, and the state moves on. With counts (B,) row b
+        has counts[b] tokens, then padding, and logits (B, 1, V) are of each row's last token.
         """
         # no gradients with a state: it changes in place
         with torch.set_grad_enabled(torch.is_grad_enabled() and state is None):
@@ -410,8 +409,8 @@ def student_from(teacher, mixers, d_state=None, transfer=True):
         v_proj  (K P, d)    in_proj_x           rows x of in_proj, kv heads repeated to H
         o_proj  (d, H P)    out_proj            out_proj
 
-    transfer=False leaves these random. A d_state of mamba2 other than head_dim has no place for q
-    and k. ValueError for a layer that cannot be made from its teacher's.
+    transfer=False leaves these random. ValueError for a layer that cannot be made from its
+    teacher's.
     """
     config = dataclasses.replace(teacher.config, mixers=list(mixers),
                                  d_state=d_state or teacher.config.d_state)
@@ -455,7 +454,7 @@ def mamba2_from_attention(mamba2, attention, transfer):
     if transfer:
         x.copy_(repeat(attention.v_proj.weight))
         mamba2.out_proj.weight.copy_(attention.o_proj.weight)
-    if transfer and mamba2.d_state == attention.head_dim:
+    if transfer and mamba2.d_state == attention.head_dim:  # else q and k have no place
         B.copy_(repeat(attention.k_proj.weight))
         C.copy_(attention.q_proj.weight)
     z.zero_()
@@ -481,7 +480,7 @@ def identity_convolution(conv):
 
 
 def check(config):
-    """ValueError for a Config that no model can have. What a mixer cannot take, it says itself."""
+    """ValueError for a Config that no model can have; mixers check what they can take."""
     mixers, heads, kv_heads = config.mixers, config.n_heads, config.n_kv_heads
     unknown = [mixer for mixer in mixers if mixer not in MIXERS]
     for wrong, complaint in (
@@ -497,7 +496,7 @@ def check(config):
 
 def stretched(frequencies, scaling):
     """Llama 3's frequencies for a longer context: low ones are slowed down by `factor`, high ones
-    kept, those between blended. ValueError for any other kind of scaling."""
+    kept, those between blended."""
     scaling = scaling or {"rope_type": "default"}
     kind = scaling.get("rope_type", scaling.get("type", "llama3"))
     if kind == "default":
@@ -527,7 +526,7 @@ class State:
                 mine[name][(rows, *map(slice, tensor.shape[1:]))] = tensor[places]
 
     def select(self, rows):
-        """Keep these rows, in this order, in place; of keys and values only used columns move."""
+        """Keep these rows, in this order; of keys and values only used columns move."""
         used = slice(max(self.lengths.tolist(), default=0))
         self.lengths = self.lengths[rows]
         for layer in self.layers:

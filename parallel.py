@@ -1,8 +1,7 @@
 """Several processes: torchrun's share one training or one sampling, run_all's have a job each.
 
 Under torchrun FSDP2 gives each process its part of every weight, gradient and moment; a block's
-weights are gathered around its call. Checkpoints hold whole tensors: the number of processes may
-change. Without torchrun there is one.
+weights are gathered around its call. Checkpoints hold whole tensors.
 """
 import contextlib
 import datetime

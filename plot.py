@@ -20,9 +20,9 @@ from matplotlib.colors import LogNorm
 from matplotlib.ticker import LogLocator, NullLocator
 
 from common import Parser, number, read_json, read_jsonl, replace_file, run, write_bytes
-from grade import in_order, report
+from grade import SCORED, in_order, report
 
-# dark grey and colours of Okabe and Ito, which remain apart with any colour blindness; markers
+# colours of Okabe and Ito, which remain apart with any colour blindness; markers
 LOOKS = {"teacher": ("#444444", "o"), "pure": ("#D55E00", "s"), "hybrid": ("#0072B2", "^")}
 MORE_COLOURS = "#009E73", "#CC79A7", "#E69F00", "#56B4E9"  # of models with other names
 RULES = {"majority": "-", "weighted": "--", "best_of_n": ":"}  # of accuracy
@@ -65,10 +65,10 @@ def draw_rules(models, look, title, rules):
         left.plot([], [], label=name, **look[name])
         for rule in rules:
             middle, low, high = (100 * np.array(m[rule + end]) for end in ("", "_low", "_high"))
-            seconds = m["seconds_scored" if rule in ("best_of_n", "weighted") else "seconds"]
+            seconds = m["seconds_scored" if rule in SCORED else "seconds"]
             for ax, x in ((left, np.maximum(seconds, 1e-3)), (right, m["k"])):  # 0 has no logarithm
                 ax.plot(x, middle, **look[name] | dashes.get(rule, {}))
-                if rule == rules[0] and not name.endswith("-small"):  # more would be a muddle
+                if rule == rules[0] and not name.endswith("-small"):
                     ax.fill_between(x, low, high, color=look[name]["color"], alpha=0.1, linewidth=0)
     for rule, style in dashes.items():
         left.plot([], [], label=rule.replace("_", " "), color="black", **style)
@@ -93,9 +93,9 @@ def draw_matrix(ax, matrix):
 def draw_matrices(name, found):
     """A student's mixing matrices beside its teacher's attention, for three heads of one layer.
 
-    Attention is y = A v with A (L, L) lower-triangular, each row a softmax. A Mamba is y = T v with
-    T[t, s] = C_t . (decay from s to t) B_s (Dao and Gu 2024, section 3). Left A of the first head;
-    then a row per head, a column per moment, and the distance |T - A| (Frobenius).
+    Attention is y = A v, each row of A (L, L) a softmax; a Mamba is y = T v with T[t, s] = C_t .
+    (decay from s to t) B_s (Dao and Gu 2024, section 3). Left A of the first head; then a row per
+    head, a column per moment, and the distance |T - A| (Frobenius).
     """
     moments = [moment for moment in MOMENTS if moment in found]
     fig = plt.figure(figsize=(13, 5.8))
@@ -139,10 +139,6 @@ def draw_front(fronts, look):
     return fig
 
 
-STAGES = {"pretrain": "pre-training", "matrices": "orientation", "hidden": "hidden states",
-          "kl": "KL", "sft": "fine-tuning"}
-
-
 def draw_training(logs, look):
     """Loss against tokens: a panel per stage in the order of training, a line per model."""
     stages = list(dict.fromkeys(stage for log in logs.values() for stage in log))
@@ -155,7 +151,7 @@ def draw_training(logs, look):
                 style = look[name] | dict(marker="." if len(losses) == 1 else "")
                 ax.plot(tokens / 1e6, np.maximum(losses, 1e-9), label=name, **style)
         log_axis(ax.yaxis, "loss" if stage == stages[0] else "")
-        ax.set(title=STAGES.get(stage, stage), xlabel="million tokens", xlim=(0, None))
+        ax.set(title=stage, xlabel="million tokens", xlim=(0, None))
         ax.legend()
     return fig
 

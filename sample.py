@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 import hub
 import parallel
-from common import (Parser, add_device_options, choose_device, crc, device_name, find_models,
-                    json_line, number, read_json, read_jsonl, run, same_settings, write_json)
+from common import (Parser, add_device_options, add_task_options, choose_device, crc, device_name,
+                    find_models, json_line, number, read_json, read_jsonl, run, same_settings,
+                    write_json)
 from data import choose_subset, load_task, load_tokenizer, prompt_template
 from decode_kernels import prepare
 from model import LM, CacheReads
@@ -265,7 +266,7 @@ SETTINGS = dict(  # of generate: least, most, default of the script, and its --h
 
 
 def with_checks(generate):
-    """generate, which refuses arguments when it is called, not when its first text is asked for."""
+    """generate, which refuses arguments at the call, not when its first text is asked for."""
     @functools.wraps(generate)
     def checked(lm, prompts, **settings):
         for name, (least, most, *_) in SETTINGS.items():
@@ -374,12 +375,8 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument_group("what to sample").add_argument
     add("--model", nargs="+", help="folders of checkpoints; default: all under --out")
-    add("--task", default="arithmetic", help="or gsm8k, math500, openmath2, a .jsonl file")
+    add_task_options(add, limit=72)
     add("--split", choices=["train", "test"], default="test", help="of the task")
-    add("--limit", type=number(1), default=72, help="how many problems")
-    add("--subset-seed", type=number(0), help="take them at random; default: the first")
-    add("--prompt-file", help="text around {question}; default: an instruction to reason, except "
-        "for arithmetic")
     add("--seconds", type=number(0.1, 1e9, float),
         help="for each model; default: no limit with --num-samples, else 60")
     add = parser.add_argument_group("how to sample").add_argument
@@ -407,7 +404,7 @@ def main(argv=None):
         most = knobs.pop("num_samples") or 10 ** 9
         template = prompt_template(args.task, args.prompt_file)
         seconds = args.seconds or (float("inf") if args.num_samples else 60)
-        print(f"{len(problems)} problems of {args.task}, {seconds:g} seconds a model", flush=True)
+        print(f"{len(problems)} problems, {seconds:g} seconds a model", flush=True)
         for model in models:
             folder = os.path.join(args.out, os.path.basename(os.path.abspath(model)))
             sample_model(model, folder, problems, template, knobs, most, seconds, device, dtype)

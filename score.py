@@ -7,10 +7,9 @@
 Writes out/<name>/scores.jsonl, a record per completion, and scores.json, the settings. Rerunning
 goes on where a run stopped. torchrun shares the work.
 
-The likelihood of a text needs no training, and reading is far cheaper than writing token by token:
-a slow teacher can judge what a fast student wrote. A process reward model (Lightman et al. 2023)
-judges every step. RLHFlow's, which search-and-learn uses, continues a dialogue: each turn of the
-user is a step, answered by "+" if all is well so far, by "-" if not.
+Reading is far cheaper than writing token by token: a slow teacher can judge what a fast student
+wrote. A process reward model (Lightman et al. 2023) judges every step; RLHFlow's does it in a
+dialogue, in which a step is a turn of the user, answered by "+" if all is well so far, else by "-".
 """
 import math
 import os
@@ -40,7 +39,7 @@ class Text(NamedTuple):
 
 
 class Likelihood:
-    """The probability of a completion after its prompt, 0 below 1e-323, as floats are."""
+    """The probability of a completion after its prompt."""
 
     def __init__(self, lm, tokenizer):
         self.lm, self.tokenizer = lm, tokenizer

@@ -1,10 +1,10 @@
 r"""One answer: extracting it from a completion, whether it is right, and which answers are one.
 
 An answer is turned into its *readings*, texts that are equal where values are. It has several if
-people mean several things by it: 15% is 15% and 0.15 and 15; "x = 5" is an equation and 5. For what
-is no plain number math-verify's grammar (latex2sympy2_extended) turns LaTeX into sympy objects. Its
-own verify() rounds at 6 decimals, takes X for x and ab for BA, and compares pairs, where a vote
-needs one form per answer.
+people mean several things by it: 15% is 15% and 0.15 and 15; "x = 5" is an equation and 5. What is
+no plain number goes through math-verify's grammar (latex2sympy2_extended) into sympy. Its own
+verify() rounds at 6 decimals, takes X for x and ab for BA, and compares pairs, where a vote needs
+one form per answer.
 """
 import atexit
 import contextlib
@@ -199,7 +199,7 @@ _child, _lock = None, threading.Lock()
 
 
 def serve(cpu_seconds):
-    """The life of the process: reads texts and writes their readings, a line of JSON for each."""
+    """Read texts and write their readings, a line of JSON for each."""
     global sympy, grammar
     import resource
     import sympy
@@ -212,7 +212,7 @@ def serve(cpu_seconds):
         signal.setitimer(signal.ITIMER_PROF, cpu_seconds)  # unhandled, SIGPROF ends the process
         try:
             found = expression_readings(json.loads(line))
-        except Exception:  # whatever sympy makes of nonsense; no memory; too deep a recursion
+        except Exception:  # whatever sympy makes of nonsense; no memory
             found = []
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(found), file=answers, flush=True)
@@ -246,8 +246,7 @@ atexit.register(lambda: _child and end_child(_child))
 
 
 def ask(text):
-    """The readings of LaTeX by the process; [] if it cannot tell within its limits, in two tries:
-    somebody may have stopped the first process."""
+    """The readings of LaTeX by the process; [] if it can't tell within its limits, in two tries."""
     global _child
     with _lock:
         for _ in range(2):

@@ -182,10 +182,10 @@ def test_a_file_imports_what_is_before_it_and_its_functions_are_short(path):
 
 def test_the_house_is_as_small_as_it_was_drawn():
     """For those who read: characters outside tests, lines of an afternoon, of tests, columns."""
-    assert sum(len(path.read_text()) for path in FILES) <= 235_000
+    assert sum(len(path.read_text()) for path in FILES) <= 250_000
     above = [text for name in "model kernels data distill sample grade plot".split() for text, _ in
              [(ROOT / f"{name}.py").read_text().split("\n# ---- first reading ends here: ")]]
     assert sum(len(text.splitlines()) for text in above) <= 1_700
-    assert sum(len(path.read_text().splitlines()) for path in TESTS) <= 4_700
+    assert sum(len(path.read_text().splitlines()) for path in TESTS) <= 5_200
     for path in [*FILES, *TESTS]:
         assert max(map(len, path.read_text().splitlines())) <= 100, path

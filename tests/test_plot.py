@@ -145,7 +145,7 @@ def test_training_has_a_panel_per_stage_and_a_line_per_model(three):
     logs = {name: plot.read_log(three[0] / name / "metrics.jsonl") for name in ("teacher", "pure")}
     fig = plot.draw_training(logs, plot.styles(logs))
     assert [(ax.get_title(), len(ax.lines)) for ax in fig.axes] == [
-        ("pre-training", 1), ("orientation", 1), ("a stage of my own", 1), ("KL", 1)]
+        ("pretrain", 1), ("matrices", 1), ("a stage of my own", 1), ("kl", 1)]
     for ax in fig.axes:
         np.testing.assert_allclose(ax.lines[0].get_xydata(), [
             (i / 1000, 3 / i) for i in range(1, 11)])
