@@ -96,10 +96,10 @@ def hidden_loss(student, teacher, tokens, valid):
 
 # ---- batches
 class Batch(NamedTuple):
-    """Sequences, padded on the right, where a causal model's real tokens cannot see it.
+    """Sequences, padded on the right, where no real token of a causal model can see the padding.
 
-    labels[t] is tokens[t + 1] where that is of the answer, else IGNORE. The answer's first token
-    counts (M1's code masks by the label at t, and loses it), and the stop token.
+    labels[t] is the next token where that is of the answer, stop token included, else IGNORE. The
+    answer's first token counts (M1's code loses it).
     """
     tokens: torch.Tensor  # (B, L)
     labels: torch.Tensor  # (B, L)
@@ -167,7 +167,7 @@ class Stage:
     loss: Callable
     mean_over: str = "answers"  # or rows, tokens: see Batch.size
     mixers_only: bool = False  # all else is frozen
-    batches: Iterator = None  # endless
+    batches: Iterator = None  # endless, see train_in
 
 
 def learning_rate(step, steps, peak):
@@ -185,9 +185,10 @@ def make_optimizer(lm, lr):
     return torch.optim.AdamW([matrices, others], lr=lr, betas=(0.9, 0.95), fused=True)
 
 
-def train(progress, pair, stages, hardware):
-    """Run the stages, from where `progress` stands."""
-    lm = pair.lm
+def train(progress, models, stages, hardware):
+    """Run the stages from where `progress` stands, which also logs and saves. models: student and
+    teacher, called as models(loss, batch)."""
+    lm = models.lm
     for index, stage in list(enumerate(stages))[progress.stage:]:
         lm.requires_grad_(not stage.mixers_only)
         for block in lm.layers:
@@ -198,7 +199,7 @@ def train(progress, pair, stages, hardware):
             lr = learning_rate(progress.step, stage.steps, stage.lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss = gradient(pair, stage, batch, hardware)
+            loss = gradient(models, stage, batch, hardware)
             norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -211,10 +212,10 @@ def train(progress, pair, stages, hardware):
                 progress.save(lm, optimizer)
         progress.step = 0
         if stage.name == "matrices":
-            progress.picture("orientation", pair)
+            progress.picture("orientation", models)
 
 
-def gradient(pair, stage, batch, hardware):
+def gradient(models, stage, batch, hardware):
     """The loss of a batch, whose gradient is added to the parameters piece by piece, over all
     processes: weighted by their shares, pieces add up to the batch."""
     world, loss = parallel.world(), torch.zeros((), device=hardware.device)
@@ -223,7 +224,7 @@ def gradient(pair, stage, batch, hardware):
         piece, share = batch.piece(index, count, stage.mean_over)
         with torch.autocast(hardware.device.type, torch.bfloat16, cache_enabled=False,
                             enabled=hardware.dtype == torch.bfloat16):
-            part = share * pair(stage.loss, Batch(*(t.to(hardware.device) for t in piece)))
+            part = share * models(stage.loss, Batch(*(t.to(hardware.device) for t in piece)))
         (world * part).backward()  # FSDP averages over processes: this makes it a sum
         loss += part.detach()
     return parallel.total(loss)
@@ -327,10 +328,10 @@ class Progress:
             with open(self.folder / "metrics.jsonl", "ab") as file:
                 file.write(json_line(record))
 
-    def picture(self, moment, pair):
+    def picture(self, moment, models):
         """Keep how the example's tokens are mixed now."""
-        if pair.teacher:
-            found = pair.without_gradient(mixing_matrices, self.example)
+        if models.teacher:
+            found = models.without_gradient(mixing_matrices, self.example)
             self.pictures |= dict(zip(("layer", "teacher", moment), found))
 
     def finish(self, lm, tokenizer):
@@ -375,13 +376,13 @@ class Hardware:
 
 def ready(lm, teacher, hardware):
     """Their Pair on its device. Weights keep their names."""
-    pair = parallel.Pair(lm, teacher)
-    for block in pair.blocks if hardware.compile else ():
+    models = parallel.Pair(lm, teacher)
+    for block in models.blocks if hardware.compile else ():
         block.forward = torch.compile(block.forward)
     for block in lm.layers if hardware.checkpoint_activations else ():
         block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward,
                                 use_reentrant=False)
-    return parallel.shard(pair, hardware.device)
+    return parallel.shard(models, hardware.device)
 
 
 def train_in(folder, settings, pairs, stages, lm, teacher, hardware, start):
@@ -399,11 +400,11 @@ def train_in(folder, settings, pairs, stages, lm, teacher, hardware, start):
         for index, stage in enumerate(stages):
             stage.batches = batches(pairs, settings["batch_tokens"], lm.config.max_length,
                                     f"{settings['seed']} {index}", stage.steps, start)
-        pair = ready(lm, teacher, hardware)
+        models = ready(lm, teacher, hardware)
         if not progress.tokens:
-            progress.picture("transfer", pair)
-        train(progress, pair, stages, hardware)
-        progress.picture("end", pair)
+            progress.picture("transfer", models)
+        train(progress, models, stages, hardware)
+        progress.picture("end", models)
         progress.finish(lm, pairs.tokenizer)
 
 

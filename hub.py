@@ -5,7 +5,6 @@
     tensors = read_tensors(folder, shapes, cast)  # {our name: tensor}
     write_checkpoint(folder, fields, tensors)     # a Llama loads in transformers
     definition = read_tokenizer(folder)           # for data.Tokenizer
-    rows = dataset_rows("gsm8k", "test")
 
 What would compute something else than at its authors' is refused by name.
 """

@@ -91,7 +91,7 @@ def ssd_chunks(x, log_decay, B, C, h, chunk):
     # 1. What the inputs of a chunk give to its outputs: rung 2.
     decay = decays(log_decay)  # (B, H, L/Q, Q, Q)
     y = (C @ B.transpose(-1, -2) * decay) @ x  # (B, H, L/Q, Q, P)
-    # 2. What they leave in the state at the end of the chunk.
+    # 2. What they leave in the state at its end, by the last row of decays.
     left = (x * decay[..., -1, :, None]).transpose(-1, -2) @ B  # (B, H, L/Q, P, N)
     # 3. The recurrence, from chunk to chunk: the state before each.
     from_start = log_decay.cumsum(-1).exp()[..., None]  # (B, H, L/Q, Q, 1)

@@ -154,7 +154,7 @@ class MLP(nn.Module):
 # ---- Mamba
 class Mamba(nn.Module):
     """MambaInLlama's Mamba-1 mixer (Wang et al. 2024): x, B, C, out where v, k, q, o stood. (The
-    built-in experiment uses Mamba2, below.)
+    built-in students are Mamba2.)
 
         x = SiLU(conv(repeat(W_x u)))     B = repeat(W_B u)     C = W_C u     z = W_z u
         dt = softplus(W_dt W_down u + b)

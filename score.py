@@ -104,8 +104,8 @@ def judge_batch(judge, batch):
 
 
 def batches(judge, records, template, budget):
-    """Yield lists of Texts of like length: `budget` tokens with their padding, or one text. 512 are
-    sorted at a time: sorting all would finish no problem before the end."""
+    """Yield lists of Texts of like length: `budget` tokens with padding, or one text. 512 are
+    sorted at a time: sorting all would finish no problem early."""
     for start in range(0, len(records), 512):
         texts = [judge.read(record, template) for record in records[start:start + 512]]
         texts.sort(key=lambda text: len(text.ids), reverse=True)

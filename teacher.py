@@ -3,7 +3,6 @@
     python teacher.py                              the built-in task's, anew, in out/teacher
     python teacher.py --from folder --task gsm8k   a copy of a Llama, fine-tuned on a task
 
-Reads   a task, and with --from a checkpoint
 Writes  out/teacher/, and goes on after a stop, as distill.py does
 """
 import os
