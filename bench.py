@@ -1,6 +1,6 @@
 """How fast do they decode? A Transformer and its students, in the shapes of real models.
 
-    python bench.py                      random weights; a minute on a laptop
+    python bench.py                      random weights, a minute
     python bench.py --shape llama-1b --batch 1,64,256,512 --generate 512,2048,8192   on a GPU
     python bench.py --ceiling            how much faster a student can be, by bytes alone
     python bench.py --against FOLDER --batch 16    a Llama's weights, here and in transformers
