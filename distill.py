@@ -33,8 +33,8 @@ from common import (Parser, add_device_options, add_task_options, choose_device,
                     json_line, number, read_json, read_jsonl, replace_file, run, same_settings,
                     write_bytes, write_json)
 from data import Pairs, choose_subset, load_task, load_tokenizer, prompt_template
-from grade import extract_answer, is_correct
 from model import FROM_ATTENTION, LM, MIXERS, Config, student_from, weight_dtype
+from verdict import extract_answer, is_correct
 
 IGNORE = -100  # label of a position whose prediction does not count
 

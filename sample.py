@@ -1,16 +1,16 @@
 """Sample many completions per problem in large batches, against the clock.
 
     python sample.py                                every model under out/, each the same seconds
-    python sample.py --model out/pure --seconds 60 --temperature 0.6
     python sample.py --split train --limit 500 --num-samples 4 --out out/train    to learn from
     torchrun --nproc_per_node=8 sample.py           each process takes a share of the problems
 
-Writes out/<name>/samples.jsonl, a record per completion, and samples.json, the settings. Rerunning
-goes on where a run stopped.
+Writes out/<name>/samples.jsonl, a record per completion, and samples.json, the settings. The same
+command goes on with a stopped run.
 """
 import functools
 import itertools
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -266,7 +266,7 @@ SETTINGS = dict(  # of generate: least, most, default of the script, and its --h
 
 
 def with_checks(generate):
-    """generate, which refuses arguments at the call, not when its first text is asked for."""
+    """generate, which refuses arguments at the call, not at its first text."""
     @functools.wraps(generate)
     def checked(lm, prompts, **settings):
         for name, (least, most, *_) in SETTINGS.items():
@@ -329,7 +329,8 @@ def append(path, records, spent, total=None):
     """Write each record as it comes; `spent` seconds went by before."""
     parallel.wait()  # all clocks start together
     with open(path, "ab", buffering=0) as f:
-        for record in tqdm(records, path.parent.name, total, disable=parallel.rank() > 0):
+        for record in tqdm(records, path.parent.name, total, disable=parallel.rank() > 0,
+                           mininterval=0.5 if sys.stderr.isatty() else 10):
             f.write(json_line(record | dict(seconds=round(spent + record["seconds"], 4))))
     parallel.wait()
 
