@@ -384,7 +384,7 @@ def parse_args(argv=None):
     for name, (least, most, default, text) in SETTINGS.items():
         add("--" + name.replace("_", "-"), type=number(least, most, type(least)), default=default,
             help=text)
-    add = parser.add_argument_group("where to compute").add_argument
+    add = parser.add_argument_group("where").add_argument
     add_device_options(add)
     add("--out", default="out", help="samples go to OUT/<model's name>/samples.jsonl")
     return parser.parse_args(argv)
