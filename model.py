@@ -482,7 +482,7 @@ def identity_convolution(conv):
 def check(config):
     """ValueError for a Config that no model can have; mixers check what they can take."""
     mixers, heads, kv_heads = config.mixers, config.n_heads, config.n_kv_heads
-    unknown = [mixer for mixer in mixers if mixer not in MIXERS]
+    unknown = [mixer for mixer in mixers if mixer not in [*MIXERS]]
     for wrong, complaint in (
             (len(mixers) != config.n_layers,
              f"mixers has {len(mixers)} entries for n_layers = {config.n_layers}"),
