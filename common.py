@@ -178,7 +178,7 @@ def write_bytes(path, content):
 
 
 def write_json(path, value):
-    """Replace a file by this value as JSON; ValueError for NaN and infinity, which it lacks."""
+    """Replace a file by this value as JSON; ValueError for NaN and infinity."""
     write_bytes(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 

@@ -340,21 +340,23 @@ def causal_conv(x, weight, bias, past=None, counts=None):
 
 
 def causal_conv_step(past, x, weight, bias, backend="auto"):
-    """y (B, D) of one token x (B, D) of causal_conv; past (B, W-1, D) in place."""
+    """y (B, D) of one token x (B, D); past (B, W-1, D) in place."""
     if use_triton(backend, past, x, weight, bias, backward=False) and past.is_contiguous():
         return decode_kernels.causal_conv_step(past, x, weight, bias)
     kind, taps = compute_dtype(x), weight[:, 0].unbind(1)  # W times (D,)
     y = torch.addcmul(bias, x.to(kind), taps[-1])  # (B, D)
-    for k, tap in enumerate(taps[:-1]):
-        y.addcmul_(past[:, k].to(kind), tap)
-    past.copy_(torch.cat([past, x[:, None]], dim=1)[:, 1:])
+    columns = [past[:, k] for k in range(past.shape[1])]
+    for column, tap in zip(columns, taps):
+        y.addcmul_(column.to(kind), tap)
+    for column, newer in zip(columns, (*columns[1:], x)):
+        column.copy_(newer)
     return y.to(x.dtype)
 
 
 # ---- rung 4: Triton
-# Rung 3 writes tensors N times as large as x to memory and reads them again. Here a program walks
-# through time with the states of M channels in registers; N exponentials for each x bind. (Mamba's
-# associative scan takes log L rounds, but more work; where programs are few, rung 6 does instead.)
+# Rung 3 writes tensors N times as large as x. Here a program walks through time with the states of
+# M channels in registers; N exponentials for each x bind. (Mamba's associative scan takes log L
+# rounds, but more work; where programs are few, rung 6 does instead.)
 # In memory, states are (N, D). `width` is D, a number of which Triton knows no factor: else it
 # reads in wide pieces, and sums over N exchange 12 times as much between threads.
 KEPT = 8  # every KEPT-th state is kept for the backward kernel, which computes the others again
