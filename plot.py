@@ -76,7 +76,7 @@ def draw_rules(models, look, title, rules):
     right.set_xscale("log", base=2)
     right.xaxis.set_major_formatter("{x:g}")
     right.set(title=f"{title} against samples", xlabel="samples of each problem")
-    left.set(title=f"{title} against time", ylabel="percent of the problems")
+    left.set(title=f"{title} against time", ylabel="percent of problems")
     fig.legend(loc="outside lower center", ncols=5)
     return fig
 
@@ -133,7 +133,7 @@ def draw_front(fronts, look):
             ax.plot(seconds, percent, label=name, **look[name])
             ax.plot(seconds, percent, color=look[name]["color"], markevery=best, **halo)
         log_axis(ax.xaxis, "seconds of sampling")
-        ax.set(title=f"{kind.capitalize()} at each time budget", ylabel="percent of the problems")
+        ax.set(title=f"{kind.capitalize()} at each time budget", ylabel="percent of problems")
     ax.plot([], [], label="the best", color="grey", **halo)
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return fig

@@ -199,7 +199,7 @@ _child, _lock = None, threading.Lock()
 
 
 def serve(cpu_seconds):
-    """Read texts and write their readings, a line of JSON for each."""
+    """Read texts and write their readings, in lines of JSON."""
     global sympy, grammar
     import resource
     import sympy
