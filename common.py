@@ -173,7 +173,7 @@ def replace_file(path, write):
 
 
 def write_bytes(path, content):
-    """Replace a file by these bytes."""
+    """Replace a file by bytes."""
     replace_file(path, lambda temporary: Path(temporary).write_bytes(content))
 
 
