@@ -4,7 +4,6 @@
     python bench.py --shape llama-1b --batch 1,64,256,512 --generate 512,2048,8192   on a GPU
     python bench.py --ceiling            how much faster a student can be, by bytes alone
     python bench.py --against FOLDER --batch 16    a Llama's weights, here and in transformers
-    python bench.py --kernels            the selective scan here and in other packages
 
 Writes  out/bench.jsonl, a line for each measured line of a table. What is compared takes turns; a
 speed, and its ratio over the first one's, is their median.
@@ -15,13 +14,14 @@ import itertools
 import os
 import time
 
+from common import Parser, add_device_options, choose_device, device_name, json_line, number, run
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import kernels
 import sample
-from common import Parser, add_device_options, choose_device, device_name, json_line, number, run
 from decode_kernels import prepare
 from model import LM, Config, cast
 
@@ -233,7 +233,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("job").add_mutually_exclusive_group().add_argument
     add("--against", metavar="FOLDER", help="a Llama's texts, here and in transformers")
     add("--ceiling", action="store_true", help="what bytes allow; runs nothing")
-    add("--kernels", action="store_true", help="selective scans, with gradients")
+    add("--kernels", action="store_true", help="selective scans")
     add = parser.add_argument_group("sizes").add_argument
     add("--shape", nargs="+", choices=SHAPES, metavar="NAME",
         help=f"{', '.join(SHAPES)}; default: tiny, for --ceiling the last three")

@@ -14,6 +14,17 @@ from pathlib import Path
 
 
 # ---- errors in one line
+def end(number, frame):
+    """Until run() is there."""
+    os.write(2, b"\ninterrupted\n")
+    os._exit(128 + number)
+
+
+if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:
+    for sig in signal.SIGINT, signal.SIGTERM:  # a script imports this file before torch
+        signal.signal(sig, end)
+
+
 def first_line(error):
     """The first line of an exception's text, or its name."""
     return (str(error).strip() or type(error).__name__).split("\n")[0]

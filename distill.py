@@ -1,7 +1,6 @@
 """Turn a Transformer into Mamba students: MOHAWK for the pure one, MambaInLlama for the hybrid one.
 
     python distill.py                           the tiny teacher, then both students, in out/
-    python distill.py --teacher folder --task gsm8k --student hybrid --attention-layers 0,2
     torchrun --nproc_per_node=8 distill.py ...  the same training on eight GPUs
 
 Reads   a teacher's checkpoint, a task
@@ -21,6 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
+from common import (Parser, add_device_options, add_task_options, choose_device, crc, folder_name,
+                    json_line, number, read_json, read_jsonl, replace_file, run, same_settings,
+                    write_bytes, write_json)
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -29,9 +32,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 import hub
 import parallel
-from common import (Parser, add_device_options, add_task_options, choose_device, crc, folder_name,
-                    json_line, number, read_json, read_jsonl, replace_file, run, same_settings,
-                    write_bytes, write_json)
 from data import Pairs, choose_subset, load_task, load_tokenizer, prompt_template
 from model import FROM_ATTENTION, LM, MIXERS, Config, student_from, weight_dtype
 from verdict import extract_answer, is_correct

@@ -15,10 +15,11 @@ import itertools
 from pathlib import Path
 from typing import NamedTuple
 
+from common import Parser, crc, folder_name, number, read_json, read_jsonl, run, write_json
+
 import numpy as np
 from tqdm import tqdm
 
-from common import Parser, crc, folder_name, number, read_json, read_jsonl, run, write_json
 from verdict import extract_answer, groups, is_correct
 
 SCORED = "best_of_n", "weighted"  # rules that take the time of a judge's scoring, too

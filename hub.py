@@ -1,6 +1,5 @@
 """The formats of others, translated: their files in, dicts of ours out, and back.
 
-    folder = checkpoint_folder("org/name")        # or a folder
     config = Config(**read_config(folder))
     tensors = read_tensors(folder, shapes, cast)  # {our name: tensor}
     write_checkpoint(folder, fields, tensors)     # a Llama loads in transformers

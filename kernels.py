@@ -29,12 +29,13 @@ also under autocast; y has x's dtype. Letters in shape comments are model.py's.
 import timeit
 from functools import partial
 
+from common import Parser, choose_device, number, run
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import Function, once_differentiable
 
 import decode_kernels
-from common import Parser, choose_device, number, run
 from decode_kernels import (FUSED, check_shapes, compute_dtype, full_precision, load, pieces, tl,
                             triton, use_triton)
 

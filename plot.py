@@ -12,6 +12,8 @@ import itertools
 import json
 from pathlib import Path
 
+from common import Parser, number, read_json, read_jsonl, replace_file, run, write_bytes
+
 import matplotlib
 matplotlib.use("Agg")  # files only, no window
 import matplotlib.pyplot as plt
@@ -19,7 +21,6 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import LogLocator, NullLocator
 
-from common import Parser, number, read_json, read_jsonl, replace_file, run, write_bytes
 from grade import SCORED, in_order, report
 
 # colours of Okabe and Ito, which remain apart with any colour blindness; markers

@@ -15,15 +15,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from common import (Parser, add_device_options, add_task_options, choose_device, crc, device_name,
+                    find_models, json_line, number, read_json, read_jsonl, run, same_settings,
+                    write_json)
+
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import hub
 import parallel
-from common import (Parser, add_device_options, add_task_options, choose_device, crc, device_name,
-                    find_models, json_line, number, read_json, read_jsonl, run, same_settings,
-                    write_json)
 from data import choose_subset, load_task, load_tokenizer, prompt_template
 from decode_kernels import prepare
 from model import LM, CacheReads

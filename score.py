@@ -9,7 +9,7 @@ goes on where a run stopped. torchrun shares the work.
 
 Reading is far cheaper than writing token by token: a slow teacher can judge what a fast student
 wrote. A process reward model (Lightman et al. 2023) judges every step; RLHFlow's does it in a
-dialogue, in which a step is a turn of the user, answered by "+" if all is well so far, else by "-".
+dialogue, by "+" or "-" after each.
 """
 import math
 import os
@@ -17,14 +17,15 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from common import (Parser, add_device_options, choose_device, crc, folder_name, number, read_jsonl,
+                    run)
+
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 import hub
 import parallel
-from common import (Parser, add_device_options, choose_device, crc, folder_name, number, read_jsonl,
-                    run)
 from data import load_tokenizer
 from model import LM
 from sample import RECORD, append, read_settings, resume

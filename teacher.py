@@ -7,11 +7,12 @@ Writes  out/teacher/, and goes on after a stop, as distill.py does
 """
 import os
 
+from common import Parser, number, run
+
 import torch
 
 import hub
 import parallel
-from common import Parser, number, run
 from data import load_tokenizer
 from distill import (START, SUFFIX, Hardware, Stage, add_shared_options, load_pairs, sft,
                      train_in)

@@ -189,3 +189,19 @@ def test_the_house_is_as_small_as_it_was_drawn():
     assert sum(len(path.read_text().splitlines()) for path in TESTS) <= 5_200
     for path in [*FILES, *TESTS]:
         assert max(map(len, path.read_text().splitlines())) <= 100, path
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("script", ["distill.py", "plot.py"])
+def test_ctrl_c_while_torch_or_matplotlib_loads_is_one_line(script, tmp_path):
+    """Before run() is there: the handler of common.py, which scripts import first."""
+    code = f"""import os, runpy, signal, sys
+class Finder:
+    def find_spec(self, name, *rest):
+        if name in ("torch", "matplotlib"):
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+sys.argv = [{str(ROOT / script)!r}]
+runpy.run_path(sys.argv[0], run_name="__main__")"""
+    done = python("-c", code, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\ninterrupted\n")
