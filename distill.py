@@ -394,7 +394,7 @@ def train_in(folder, settings, pairs, stages, lm, teacher, hardware, start):
             print(f"{folder}: finished", flush=True)
             return
         print(f"{folder}: {lm.num_parameters():,} parameters, steps", settings["steps"], flush=True)
-        # to draw, of the first solution that is long enough
+        # to draw: the first long solution
         ids = next((p + a for p, a in pairs if len(p + a) >= 96), sum(pairs[0], []))[:96]
         progress.example = torch.tensor([ids], device=hardware.device)
         for index, stage in enumerate(stages):

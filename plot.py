@@ -23,7 +23,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from grade import SCORED, in_order, report
 
-# colours of Okabe and Ito, which remain apart with any colour blindness; markers
+# colours of Okabe and Ito, for any colour blindness; markers
 LOOKS = {"teacher": ("#444444", "o"), "pure": ("#D55E00", "s"), "hybrid": ("#0072B2", "^")}
 MORE_COLOURS = "#009E73", "#CC79A7", "#E69F00", "#56B4E9"  # of models with other names
 RULES = {"majority": "-", "weighted": "--", "best_of_n": ":"}  # of accuracy
