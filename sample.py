@@ -26,7 +26,7 @@ from tqdm import tqdm
 import hub
 import parallel
 from data import choose_subset, load_task, load_tokenizer, prompt_template
-from decode_kernels import prepare
+from decode_kernels import choose_token, prepare, use_triton
 from model import LM, CacheReads
 
 
@@ -60,17 +60,22 @@ def uniforms(keys, steps):
 
 
 # ---- choosing a token
-def keep_likely(logits, top_k, top_p):
-    """Logits (B, V), -inf outside the top_k, then outside the fewest likeliest of mass top_p."""
-    if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
-    if top_p < 1:
-        values, order = logits.sort(descending=True, stable=True)
-        p = values.softmax(-1)
-        top_p = max(top_p, 1e-30)  # 1e-300 is 0 in float32
-        unlikely = p.cumsum(-1) - p >= top_p  # likelier tokens already have that mass
-        logits = logits.scatter(1, order, values.masked_fill(unlikely, float("-inf")))
-    return logits
+def nucleus(p, top_p, few=256):
+    """p (B, V), in place: 0 but for the fewest likeliest tokens of mass top_p (Holtzman et al.
+    2020), of equal ones the first. They are sought among the `few` likeliest, where those do not
+    suffice among more: to sort a vocabulary takes 20 times as long.
+    """
+    some = few < p.shape[1] and not p.is_cuda  # a recorded step can't look at what it found
+    tokens = torch.arange(p.shape[1], device=p.device).expand_as(p)
+    tokens = p.topk(few).indices.sort().values if some else tokens
+    values, order = p.gather(1, tokens).sort(descending=True, stable=True)
+    kept = values.cumsum(1) - values < top_p  # likelier tokens have less than that mass
+    short = values.masked_fill(~kept, 1).amin(1) <= values[:, -1]  # all, or one equal to the last
+    left = p[short] if some else p[:0]
+    p.zero_().scatter_(1, tokens.gather(1, order), values * kept)
+    if len(left):
+        p[short] = nucleus(left, top_p, 8 * few)
+    return p
 
 
 def choose_tokens(logits, u, temperature, top_k=0, top_p=1.0):
@@ -79,11 +84,18 @@ def choose_tokens(logits, u, temperature, top_k=0, top_p=1.0):
     One random number a row, however large the vocabulary. Temperature 0 takes the likeliest token.
     Logits that are nan or infinite give V, which is no token.
     """
+    vocab = logits.shape[-1]
     if temperature < 1e-30:  # logits / temperature would overflow
         largest, tokens = logits.max(-1)
-        return tokens.masked_fill(~largest.isfinite(), logits.shape[-1])
-    cdf = keep_likely(logits.float() / temperature, top_k, top_p).softmax(-1).cumsum(-1)  # (B, V)
-    return torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]  # V if all is nan
+        return tokens.masked_fill(~largest.isfinite(), vocab)
+    if 0 < top_k < vocab:  # ties with the k-th stay
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
+    top_p = max(top_p, 1e-30)  # 1e-300 is 0 in float32
+    if use_triton("auto", logits):
+        return choose_token(logits, u, temperature, top_p)
+    p = (logits.float() / temperature).softmax(-1)  # (B, V)
+    cdf = (nucleus(p, top_p) if top_p < 1 else p).cumsum_(1)
+    return torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]  # V if p is nan
 
 
 # ---- prompts

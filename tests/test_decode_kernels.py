@@ -205,6 +205,8 @@ def record_launches(dtype, d_state):
     conv = cast(conv_inputs(1, 1, 128, dtype=torch.float32), dtype, ("x", "past"))
     run_steps(kernels.causal_conv_step, conv, conv.pop("past"))
     decode_kernels.decode_attention(**attention_inputs([9, 5], 6, head_dim=64, dtype=dtype))
+    logits = torch.randn(2, 5000, dtype=dtype)
+    decode_kernels.choose_token(logits, logits[:, 0].float(), 0.8, 0.9)
     return recorded
 
 
@@ -213,11 +215,13 @@ def spilled_bytes(kernel, arguments, capability):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas
-    types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", None: "i32"}
+    types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", int: "i32",
+             float: "fp32"}
     constants = {parameter.name: arguments[parameter.name] for parameter in kernel.params
                  if parameter.is_constexpr or arguments[parameter.name] is None}
-    signature = {name: "constexpr" if name in constants else
-                 types[getattr(arguments[name], "dtype", None)] for name in kernel.arg_names}
+    kinds = {name: getattr(value, "dtype", type(value)) for name, value in arguments.items()}
+    signature = {name: "constexpr" if name in constants else types[kinds[name]]
+                 for name in kernel.arg_names}
     ptx = triton.compile(
         triton.compiler.ASTSource(kernel, signature, constants),
         target=GPUTarget("cuda", capability, 32),

@@ -23,6 +23,7 @@ from conftest import ROOT
 from data import choose_subset, load_task, load_tokenizer
 from model import LM, CacheReads, State
 from sample import Batch, choose_tokens, generate, row_keys, uniforms
+from test_kernels import DEVICE, TRITON
 
 PROMPTS = [[7, 3], [1] * 11, [20, 21, 22, 23, 24], [5, 9, 9], [30, 2, 31, 2, 30, 2, 8]]
 STOPS = [11, 12, 13, 14, 40]
@@ -87,6 +88,51 @@ def test_ties_zero_temperature_and_rows_of_nan():
         assert choose_tokens(rows, u, *settings).tolist() == [1, 2, 4, 4]
     for settings in (1.0,), (1.0, 2), (1.0, 0, 0.9), (1e-3, 3, 0.9):
         assert choose_tokens(rows, u, *settings)[1:].tolist() == [3, 4, 4]
+
+
+@pytest.mark.parametrize("few", [4, 64, 3000])
+def test_top_p_sorts_the_vocabulary_only_where_a_few_tokens_do_not_suffice(few):
+    """A peaked row, a flat one, ties at the edge. Whole numbers add up exactly, in any order."""
+    exponents = torch.randint(0, 12, (40, 3000), generator=torch.Generator().manual_seed(0))
+    weights = torch.where(exponents > torch.arange(40)[:, None] // 4, 1, 2 ** exponents)
+    for share in 0.01, 0.5, 0.9, 0.999, 1e-30:
+        found = sample.nucleus(weights.float(), (mass := share * 2.0 ** 17), few)
+        for row, kept in zip(weights.tolist(), found.tolist()):
+            ranked, before = sorted(range(3000), key=lambda i: -row[i]), 0
+            for i in ranked:
+                assert kept[i] == row[i] * (before < mass), (share, i)
+                before += row[i]
+
+
+def test_top_p_and_top_k_keep_what_transformers_keeps():
+    """As many tokens, of the same probabilities: of equal ones it takes others."""
+    process = pytest.importorskip("transformers.generation.logits_process")
+    logits = 4 * torch.randn(12, 300, generator=torch.Generator().manual_seed(0))
+    logits[4:] = (2 * logits[4:]).round() / 2  # ties
+    for warper, settings in ((process.TopPLogitsWarper(0.95), dict(top_p=0.95)),
+                             (process.TopPLogitsWarper(0.3), dict(top_p=0.3)),
+                             (process.TopKLogitsWarper(20), dict(top_k=20))):
+        wanted = warper(None, logits).softmax(-1).sort().values
+        found = torch.stack([frequencies(row, **settings) for row in logits]).sort().values
+        assert (found - wanted).abs().max() <= 2 / len(GRID)
+
+
+@TRITON.marks[0]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 1e-30])
+def test_on_a_gpu_one_kernel_chooses_the_tokens(dtype, top_p):
+    """Of two blocks of the vocabulary, with ties and in their order: u lies between what comes
+    before the token and what ends with it."""
+    logits = (3 * torch.randn(6, 5000, generator=torch.Generator().manual_seed(0))).to(dtype)
+    logits[3:] = (2 * logits[3:]).round() / 2
+    logits[0, 7], logits[3, 9], logits[1, ::2] = torch.nan, torch.inf, -torch.inf
+    u = torch.tensor([0.5, 0.0, 1 - 2 ** -23, 0.5, 0.2, 0.7])
+    tokens = decode_kernels.choose_token(logits.to(DEVICE), u.to(DEVICE), 0.7, top_p).tolist()
+    assert tokens[0] == tokens[3] == 5000
+    for row in 1, 2, 4, 5:
+        p = distribution(logits[row].float(), 0.7, 0, top_p)
+        before = p[:tokens[row]].sum()
+        assert p[tokens[row]] and before - 1e-5 <= u[row] <= before + p[tokens[row]] + 1e-5
 
 
 def test_tokens_of_probability_zero_are_never_chosen():
