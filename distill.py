@@ -40,19 +40,25 @@ IGNORE = -100  # label of a position whose prediction does not count
 
 
 # ---- losses
-def kl_loss(student_logits, teacher_logits, labels, direction="forward"):
-    """Mean over answer tokens of KL(teacher || student) = sum_v p_T (log p_T - log p_S), float32.
+def divergence(student, teacher, labels=None, direction="forward"):
+    """Sum over tokens of KL(teacher || student) = sum_v p_T (log p_T - log p_S), float32.
 
     So the student pays for what it does not cover (MambaInLlama); with "reverse", the two swapped,
-    for what the teacher would not say (M1). The teacher gets no gradient.
-    logits (B, L, V), labels (B, L) -> scalar.
+    for what the teacher would not say (M1). Logits (tokens, V) -> scalar.
     """
-    counted = labels != IGNORE
-    student = F.log_softmax(student_logits[counted].float(), dim=-1)  # (tokens, V)
-    teacher = F.log_softmax(teacher_logits[counted].detach().float(), dim=-1)
+    student = F.log_softmax(student.float(), dim=-1)
+    teacher = F.log_softmax(teacher.detach().float(), dim=-1)
     if direction == "reverse":
         student, teacher = teacher, student  # F.kl_div(q, p) is KL(p || q)
-    return F.kl_div(student, teacher, log_target=True, reduction="sum") / counted.sum()
+    return F.kl_div(student, teacher, log_target=True, reduction="sum")
+
+
+def kl_loss(student_logits, teacher_logits, labels, direction="forward"):
+    """Mean of `divergence` over answer tokens. The teacher gets no gradient. Logits (B, L, V),
+    labels (B, L) -> scalar."""
+    counted = labels != IGNORE
+    logits = student_logits[counted], teacher_logits[counted]
+    return divergence(*logits, direction=direction) / counted.sum()
 
 
 def replaced(student, teacher, tokens):
@@ -236,14 +242,32 @@ STUDENTS = dict(pure=("mohawk", "mamba2", ()), hybrid=("mambainllama", "mamba2",
 # a recipe's stages and their steps
 STEPS = dict(mohawk=dict(matrices=60, hidden=200, kl=4400, sft=0),
              mambainllama=dict(kl=4500, sft=0))
+POSITIONS = 1024  # answer tokens whose logits are in memory at once
 MATRIX_LENGTH = 128  # tokens of a row in orientation: memory grows with its square
 START = dict(arithmetic=0.15)  # a task's, see batches; others have none
 
 
+def mean_over_answers(sum_of, batch, *models):
+    """Mean over answer tokens of sum_of(each model's logits (tokens, V), labels (tokens,)).
+
+    POSITIONS tokens at a time, whose logits are computed again for their gradients: with a
+    vocabulary of 100,000 they would take more memory than all else.
+    """
+    def logits_and_sum(*inputs):
+        return sum_of(*(lm.head(x) for lm, x in zip(models, inputs)), inputs[-1])
+    counted = batch.labels != IGNORE
+    states = [lm.last_state(batch.tokens)[counted] for lm in models]  # (tokens, d_model) each
+    pieces = list(zip(*(u.split(POSITIONS) for u in (*states, batch.labels[counted]))))
+    if len(pieces) > 1:
+        logits_and_sum = partial(torch.utils.checkpoint.checkpoint, logits_and_sum,
+                                 use_reentrant=False)
+    return sum(logits_and_sum(*piece) for piece in pieces) / counted.sum()
+
+
 def sft(student, teacher, batch):
     """Fine-tuning on solutions, without a teacher: mean over answer tokens of -log p."""
-    logits = student(batch.tokens).float().flatten(0, 1)  # (B L, V)
-    return F.cross_entropy(logits, batch.labels.flatten(), ignore_index=IGNORE)
+    return mean_over_answers(lambda logits, labels: F.cross_entropy(
+        logits.float(), labels, reduction="sum"), batch, student)
 
 
 def student_stages(steps, lr, direction):
@@ -256,8 +280,7 @@ def student_stages(steps, lr, direction):
         return hidden_loss(student, teacher, batch.tokens, batch.valid)
 
     def kl(student, teacher, batch):
-        target = teacher(batch.tokens)
-        return kl_loss(student(batch.tokens), target, batch.labels, direction)
+        return mean_over_answers(partial(divergence, direction=direction), batch, student, teacher)
 
     stages = dict(matrices=(lr, matrices, "rows", True), hidden=(lr, hidden, "tokens", True),
                   kl=(lr, kl), sft=(lr / 10, sft))

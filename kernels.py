@@ -80,9 +80,9 @@ def mixing_matrix(log_decay, B, C):
 # ---- rung 3: chunks
 def in_chunks(u, chunk):
     """(B, L, H, ...) -> (B, H, L/Q, Q, ...), with zeros behind the end: they change no state."""
-    if missing := -u.shape[1] % chunk:
-        u = F.pad(u, (0, 0) * (u.dim() - 2) + (0, missing))
-    return u.unflatten(1, (-1, chunk)).movedim(3, 1).contiguous()
+    u, missing = u.transpose(1, 2), -u.shape[1] % chunk
+    u = F.pad(u, (0, 0) * (u.dim() - 3) + (0, missing)) if missing else u.contiguous()
+    return u.unflatten(2, (-1, chunk))
 
 
 def ssd_chunks(x, log_decay, B, C, h, chunk):
@@ -94,15 +94,15 @@ def ssd_chunks(x, log_decay, B, C, h, chunk):
     y = (C @ B.transpose(-1, -2) * decay) @ x  # (B, H, L/Q, Q, P)
     # 2. What they leave in the state at its end, by the last row of decays.
     left = (x * decay[..., -1, :, None]).transpose(-1, -2) @ B  # (B, H, L/Q, P, N)
-    # 3. The recurrence, from chunk to chunk: the state before each.
-    from_start = log_decay.cumsum(-1).exp()[..., None]  # (B, H, L/Q, Q, 1)
-    starts = []
-    for left_c, decay_c in zip(left.unbind(2), from_start[..., -1:, :].unbind(2)):
-        starts.append(h)
-        h = decay_c * h + left_c  # (B, H, P, N)
-    # 4. What that state gives to the outputs.
-    y = torch.addcmul(y, C @ torch.stack(starts, 2).transpose(-1, -2), from_start)
-    return y.movedim(1, 3).flatten(1, 2)[:, :length], h
+    # 3. The recurrence from chunk to chunk, h before the first: rung 2 again, L/Q instead of L.
+    from_start = log_decay.cumsum(-1)[..., None]  # (B, H, L/Q, Q, 1)
+    T = decays(F.pad(from_start[..., -1, 0], (1, 0)))  # (B, H, 1 + L/Q, 1 + L/Q)
+    ends = T @ torch.cat((h[:, :, None], left), 2).flatten(3)  # (B, H, 1 + L/Q, P N)
+    ends = ends.unflatten(3, h.shape[2:])
+    # 4. What the state before a chunk gives to its outputs.
+    y = torch.addcmul(y, C @ ends[:, :, :-1].transpose(-1, -2), from_start.exp())
+    h = ends[:, :, -1]
+    return y.flatten(2, 3)[:, :, :length].transpose(1, 2), h
 
 
 def chunk_states(x, dt, A, B, h):

@@ -86,9 +86,9 @@ def rope_frequencies(config):
 
 
 def apply_rope(x, cos, sin):
-    """x (B, H, L, P) with channel pairs (i, i + P/2) rotated; cos and sin (B, 1, L, P/2)."""
-    first, second = x.chunk(2, dim=-1)  # (B, H, L, P/2) each
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    """x (B, H, L, P) with channel pairs (i, i + P/2) rotated: (x_i cos - x_j sin, x_j cos + x_i
+    sin). cos and sin (B, 1, L, P) have a pair's number in both places, sin the first negated."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class Attention(nn.Module):
@@ -346,10 +346,11 @@ class LM(nn.Module):
                                for block in self.layers])
 
     def rope(self, positions):
-        """cos and sin at positions (B, L), each (B, 1, L, P/2) in the model's dtype."""
+        """cos and sin at positions (B, L), each (B, 1, L, P) in the model's dtype."""
         self.frequencies = self.frequencies.to(positions.device)  # copied once, then in place
-        angles = positions[:, None, :, None].float() * self.frequencies
-        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        angles = positions[:, None, :, None].float() * self.frequencies  # (B, 1, L, P/2)
+        cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
     def hidden_states(self, tokens, state=None, counts=None):
         """Yield the residual stream (B, L, d_model) before every block and after the last."""
@@ -367,8 +368,14 @@ class LM(nn.Module):
             state.lengths.copy_(reads.lengths)
         yield x
 
+    def last_state(self, tokens, state=None, counts=None):
+        """The residual stream (B, L, d_model) after the last block."""
+        for x in self.hidden_states(tokens, state, counts):
+            pass  # only one at a time is kept
+        return x
+
     def head(self, x):
-        """Logits (B, L, V) of the residual stream after the last block."""
+        """Logits (..., V) of the residual stream (..., d_model) after the last block."""
         x = self.model.norm(x)
         tied = self.config.tie_embeddings
         return F.linear(x, self.model.embed_tokens.weight) if tied else self.lm_head(x)
@@ -381,8 +388,7 @@ class LM(nn.Module):
         """
         # no gradients with a state: it changes in place
         with torch.set_grad_enabled(torch.is_grad_enabled() and state is None):
-            for x in self.hidden_states(tokens, state, counts):
-                pass  # only the last one is needed, and only one at a time is kept
+            x = self.last_state(tokens, state, counts)
             if counts is not None:
                 x = x[torch.arange(len(x), device=x.device), counts - 1][:, None]  # (B, 1, d_model)
             return self.head(x)

@@ -8,12 +8,15 @@ import resource
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
 import distill
@@ -43,7 +46,8 @@ def test_losses_are_means_over_answer_tokens(kind):
     length (F.kl_div's "batchmean"), or padding that counts. In float32, whatever the logits are."""
     def ours(student, teacher, labels):
         if kind == "sft":
-            return distill.sft(lambda tokens: student, None, Batch(None, labels, None))
+            lm = SimpleNamespace(last_state=lambda tokens: student, head=lambda x: x)
+            return distill.sft(lm, None, Batch(None, labels, None))
         return kl_loss(student, teacher, labels, kind)
     torch.manual_seed(0)
     student, teacher, labels = *(2 * torch.randn(2, 3, 6, 7)), torch.randint(7, (3, 6))
@@ -53,6 +57,37 @@ def test_losses_are_means_over_answer_tokens(kind):
     assert_close(ours(*half, labels), literal_loss(kind, *half, labels), torch.float32)
     longer = (torch.cat([t, torch.full_like(t, IGNORE)], 1) for t in (student, teacher, labels))
     assert_close(ours(*longer), expected)
+
+
+class Widest(TorchDispatchMode):
+    """The rows of the largest tensor with a vocabulary of V entries."""
+    V, rows = 499, 0  # so small that no thread is started: forked tests would wait for it
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        found = operation(*args, **kwargs or {})
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (self.V,):
+                self.rows = max(self.rows, tensor.numel() // self.V)
+        return found
+
+
+@pytest.mark.parametrize("stage", ["kl", "sft"])
+def test_the_logits_of_few_answer_tokens_are_in_memory_at_once(make_lm, monkeypatch, stage):
+    """Loss and gradients are those of all at once, the head's too."""
+    teacher = make_lm(["attention"] * 2, vocab_size=Widest.V, d_model=8, d_ff=8)
+    student = student_from(teacher, ["mamba2"] * 2).requires_grad_()
+    batch, found = collate([([3], [5] * 30), ([1, 2], [9] * 20)]), []
+    loss, = (s.loss for s in distill.student_stages({stage: 1}, 1e-3, "forward"))
+    for positions in 1000, 9:
+        monkeypatch.setattr(distill, "POSITIONS", positions)
+        student.zero_grad()
+        with Widest() as widest:
+            value = loss(student, teacher, batch)
+            value.backward()
+        assert widest.rows == min(50, positions)
+        found.append([value.detach(), *(p.grad for p in student.parameters())])
+    for one, other in zip(*found):
+        assert_close(one, other)
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
@@ -542,7 +577,7 @@ def test_a_full_disk_is_one_line_and_then_the_run_goes_on(command, option, file)
 def test_a_loss_that_is_no_number_ends_the_run_and_another_rate_is_welcome(command, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(
             ValueError, match="loss of stage kl is nan at step 1: lower --lr"):
-        patch.setattr(distill, "kl_loss", lambda s, *_: s.sum() * float("nan"))
+        patch.setattr(distill, "divergence", lambda s, *_, **to: s.sum() * float("nan"))
         command("--lr", "0.1")
     assert command("--lr", "0.01").exists()
 
