@@ -61,7 +61,7 @@ def test_losses_are_means_over_answer_tokens(kind):
 
 class Widest(TorchDispatchMode):
     """The rows of the largest tensor with a vocabulary of V entries."""
-    V, rows = 499, 0  # so small that no thread is started: forked tests would wait for it
+    V, rows = 499, 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         found = operation(*args, **kwargs or {})
@@ -473,8 +473,18 @@ def killed(run, when, renames):
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
 
 
+@pytest.fixture
+def one_thread():
+    """A forked process has no other, and would wait for it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_killed_anywhere_it_ends_where_an_uninterrupted_run_ends(command, tmp_path, capsys, when):
+def test_killed_anywhere_it_ends_where_an_uninterrupted_run_ends(command, tmp_path, capsys, when,
+                                                                 one_thread):
     """kill -9 in the middle of writing any file, or after its renaming, and half a log line: every
     byte of every file is the same in the end, but for the time. Red if a rerun starts over, or if
     a finished run is done again."""
