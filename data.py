@@ -46,29 +46,33 @@ class Problem:
 # so that a round maps no two values to one: the answer is right only if the whole chain is.
 ROUNDS, NUMBERS = (1, 6), (3, 7, 11, 13, 17)
 TRAIN_PROBLEMS, TEST_PROBLEMS = 50_000, 1_000
+BUILT_IN = dict(arithmetic=(4, "four"), arithmetic6=(6, "six"))  # tasks, and their digits
 
 
-def arithmetic_problem(rng):
+def arithmetic_problem(rng, digits=4, word="four"):
     """One problem drawn from `rng` (random.Random), as (question, solution, answer)."""
-    value, rounds, by = rng.randrange(10_000), rng.randint(*ROUNDS), rng.choice(NUMBERS)
-    question = (f"In each of {rounds} rounds do +{by} {by} times, then x{by}, keeping four digits. "
-                f"Start: {value:04d}")
+    end = 10 ** digits
+    value, rounds, by = rng.randrange(end), rng.randint(*ROUNDS), rng.choice(NUMBERS)
+    question = (f"In each of {rounds} rounds do +{by} {by} times, then x{by}, keeping {word} "
+                f"digits. Start: {value:0{digits}d}")
     solution = ""
     for rounds_left in range(rounds, 0, -1):
         for additions_left in range(by, -1, -1):
-            result = (value + by if additions_left else value * by) % 10_000
+            result = (value + by if additions_left else value * by) % end
             sign = "+" if additions_left else "x"
-            solution += f"{rounds_left}.{additions_left}) {value:04d} {sign}{by} = {result:04d}\n"
+            solution += (f"{rounds_left}.{additions_left}) {value:0{digits}d} {sign}{by} = "
+                         f"{result:0{digits}d}\n")
             value = result
-    return question, f"{solution}\\boxed{{{value:04d}}}", f"{value:04d}"
+    answer = f"{value:0{digits}d}"
+    return question, f"{solution}\\boxed{{{answer}}}", answer
 
 
-def arithmetic_problems(split):
+def arithmetic_problems(split, task="arithmetic"):
     """Endless problems of a split, always the same ones. Train and test share no question: it is
     of the test split if its CRC-32 is a multiple of 8."""
-    rng, indices = random.Random(f"arithmetic {split}"), itertools.count()
+    rng, indices = random.Random(f"{task} {split}"), itertools.count()
     while True:
-        question, solution, answer = arithmetic_problem(rng)
+        question, solution, answer = arithmetic_problem(rng, *BUILT_IN[task])
         if (zlib.crc32(question.encode()) % 8 == 0) == (split == "test"):
             yield Problem(f"{split}/{next(indices)}", question, answer, solution)
 
@@ -186,9 +190,9 @@ def load_task(name_or_file, split):
     """The list of Problem of a task's "train" or "test" split. A .jsonl file has the same problems
     in both, but of a samples.jsonl test has every question once."""
     require(split in ("train", "test"), f"unknown split {split!r}: choose train or test")
-    if name_or_file == "arithmetic":
+    if name_or_file in BUILT_IN:
         count = TRAIN_PROBLEMS if split == "train" else TEST_PROBLEMS
-        return list(itertools.islice(arithmetic_problems(split), count))
+        return list(itertools.islice(arithmetic_problems(split, name_or_file), count))
     if not name_or_file.endswith(".jsonl"):
         return hub_problems(name_or_file, split)
     rows = list(json_lines(name_or_file))
@@ -202,7 +206,7 @@ def load_task(name_or_file, split):
 def hub_problems(task, split):
     """The problems of a data set of the Hub, of task[first:end] those rows."""
     name, *rows = re.fullmatch(r"(\w+)(?:\[(\d+):(\d+)\])?|.*", task, re.S).groups()
-    require(name in HUB, f"unknown task {task!r}: choose arithmetic, {', '.join(HUB)}, "
+    require(name in HUB, f"unknown task {task!r}: choose {', '.join([*BUILT_IN, *HUB])}, "
                          f"openmath2[1000:2000] or a .jsonl file")
     most = 50_000 if name == "openmath2" else None  # of 14 million
     first, end = map(int, rows) if rows[0] else (0, most)
@@ -225,7 +229,7 @@ def prompt_template(task, path=None):
     """What is asked, with {question} in it: a file's text, else INSTRUCTION, or for the built-in
     task the bare question."""
     if path is None:
-        return "{question}" if task == "arithmetic" else INSTRUCTION
+        return "{question}" if task in BUILT_IN else INSTRUCTION
     with naming(path):
         template = Path(path).read_text("utf-8").removesuffix("\n")  # editors add it
         require(template.count("{question}") == 1, "expected exactly one {question}")

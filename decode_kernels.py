@@ -89,7 +89,7 @@ def softplus(u):
     """log(1 + e^u) = max(u, 0) + log(1 + e), e = e^-|u|: it can't overflow, and is 0 at -inf."""
     e = tl.exp(-tl.abs(u))
     series = e * (1.0 - e * (0.5 - e * 0.33333333))  # of a small e, whose digits 1 + e would lose
-    return tl.maximum(u, 0.0) + tl.where(e < 0.01, series, tl.log(1.0 + e))
+    return tl.maximum(u, 0.0) + tl.where(e < 0.01, series, 0.6931471805599453 * tl.log2(1.0 + e))
 
 
 # ---- one token, for the steps of kernels.py

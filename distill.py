@@ -32,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import hub
 import parallel
-from data import Pairs, choose_subset, load_task, load_tokenizer, prompt_template
+from data import BUILT_IN, Pairs, choose_subset, load_task, load_tokenizer, prompt_template
 from model import FROM_ATTENTION, LM, MIXERS, Config, student_from, weight_dtype
 from verdict import extract_answer, is_correct
 
@@ -244,7 +244,7 @@ STEPS = dict(mohawk=dict(matrices=60, hidden=200, kl=4400, sft=0),
              mambainllama=dict(kl=4500, sft=0))
 POSITIONS = 1024  # answer tokens whose logits are in memory at once
 MATRIX_LENGTH = 128  # tokens of a row in orientation: memory grows with its square
-START = dict(arithmetic=0.15)  # a task's, see batches; others have none
+START = dict.fromkeys(BUILT_IN, 0.15)  # a task's, see batches; others have none
 
 
 def mean_over_answers(sum_of, batch, *models):
@@ -471,17 +471,22 @@ def load_pairs(tokenizer, task, limit, subset_seed, prompt_file, only_right=Fals
     return Pairs(choose_subset(problems, limit, subset_seed), tokenizer, template), settings
 
 
-SUFFIX = dict(base="", small="-small")  # of names, by --size
+SUFFIX = dict(base="", small="-small", large="-large")  # of names, by --size
+
+
+def task_for(size, task):
+    """A large model's built-in task has numbers of six digits."""
+    return "arithmetic6" if (size, task) == ("large", "arithmetic") else task
 
 
 def built_in_teacher(folder, task):
     """The teacher in a folder; for arithmetic the one that ships is copied there."""
+    assets = Path(__file__).parent / "assets" / folder.name
     if not parallel.rank() and not (folder / "config.json").exists():
-        if task != "arithmetic" or (folder / "training.pt").exists():
-            raise ValueError(f"no finished teacher in {folder}: run python teacher.py, or use "
-                             f"--teacher")
+        if not assets.exists() or task != "arithmetic" or (folder / "training.pt").exists():
+            raise ValueError(f"no finished teacher in {folder}: run python teacher.py, with the "
+                             f"same --size, or use --teacher")
         print(f"{folder}: the teacher that ships", flush=True)
-        assets = Path(__file__).parent / "assets" / folder.name
         for file in sorted(assets.iterdir(), reverse=True):  # config.json is the last
             if not (folder / file.name).exists():
                 replace_file(folder / file.name, partial(shutil.copyfile, file))
@@ -523,7 +528,8 @@ def parse_args(argv=None):
     add("--student", nargs="+", type=folder_name, metavar="NAME", default=["pure", "hybrid"],
         help="defaults are hybrid's if it starts with hybrid, else pure's")
     add("--teacher", help="folder or Hugging Face repository of a Llama; default: OUT/teacher")
-    add("--size", choices=SUFFIX, default="base", help="small: OUT/teacher-small, NAME-small")
+    add("--size", choices=SUFFIX, default="base", help="of the teacher, OUT/teacher-SIZE; "
+        "students are then NAME-SIZE")
     add("--recipe", choices=STEPS, help="default: mohawk for pure, mambainllama for hybrid")
     add("--mixer", choices=[word for word, mixer in MIXERS.items() if mixer in FROM_ATTENTION],
         help="instead of attention; default: mamba2")
@@ -547,18 +553,18 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    steps, suffix = dict(args.steps), SUFFIX[args.size]
+    steps, suffix, task = dict(args.steps), SUFFIX[args.size], task_for(args.size, args.task)
     with parallel.processes(args.device):
         hardware = Hardware(**{name: getattr(args, name) for name in Hardware.__annotations__})
-        source = args.teacher or built_in_teacher(Path(args.out, "teacher" + suffix), args.task)
+        source = args.teacher or built_in_teacher(Path(args.out, "teacher" + suffix), task)
         config = Config(**hub.read_config(hub.checkpoint_folder(source)))
         students = {name + suffix: student_settings(
-            name, config, args.task, args.recipe, args.mixer, args.attention_layers, steps,
+            name, config, task, args.recipe, args.mixer, args.attention_layers, steps,
             args.scale, args.lr, args.batch_tokens) for name in args.student}
         stages = {"all"}.union(*(student["steps"] for student in students.values()))
         if unknown := steps.keys() - stages:
             raise ValueError(f"--steps {min(unknown)}=...: choose of {', '.join(sorted(stages))}")
-        pairs, data = load_pairs(load_tokenizer(source), args.task, args.limit, args.subset_seed,
+        pairs, data = load_pairs(load_tokenizer(source), task, args.limit, args.subset_seed,
                                  args.prompt_file, args.only_right)
         data |= dict(teacher=hub.fingerprint(source), d_state=args.d_state, kl=args.kl,
                      transfer=not args.random_mixers, seed=args.seed)

@@ -1,6 +1,7 @@
 """Make a teacher: train a Transformer from scratch, or fine-tune a Llama, on worked solutions.
 
     python teacher.py                              the built-in task's, anew, in out/teacher
+    python teacher.py --size large                 one that a GPU feels; students likewise
     python teacher.py --from folder --task gsm8k   a copy of a Llama, fine-tuned on a task
 
 Writes  out/teacher/, and goes on after a stop, as distill.py does
@@ -15,10 +16,11 @@ import hub
 import parallel
 from data import load_tokenizer
 from distill import (START, SUFFIX, Hardware, Stage, add_shared_options, load_pairs, sft,
-                     train_in)
+                     task_for, train_in)
 from model import LM, Config
 
-SIZES = dict(base=4, small=2)  # layers; else as Config's defaults
+SIZES = dict(base={}, small=dict(n_layers=2),  # as Config's defaults, but for
+             large=dict(d_model=512, n_layers=8, n_heads=16, d_ff=1536))
 SCRATCH, FINE_TUNING = (3500, 4e-3), (500, 2e-5)  # steps, peak learning rate
 
 
@@ -27,11 +29,12 @@ def parse_args(argv=None):
     add = parser.add_argument_group("what to make").add_argument
     add("--from", dest="source", metavar="MODEL", help="folder or Hugging Face repository of a "
         "Llama to fine-tune; default: from scratch, with the built-in task's tokenizer")
-    add("--size", choices=SIZES, default="base", help="small: half the layers, OUT/teacher-small")
+    add("--size", choices=SIZES, default="base", help="small: half the layers; large: "
+        "27 million parameters, numbers of six digits, for a GPU; in OUT/teacher-SIZE")
     add = parser.add_argument_group("how to learn").add_argument
     add("--steps", type=number(1), help=f"default: {SCRATCH[0]}, with --from {FINE_TUNING[0]}")
     add("--lr", type=number(1e-9, 100, float), help=f"peak learning rate; default: {SCRATCH[1]}, "
-        f"with --from {FINE_TUNING[1]}")
+        f"an eighth for large, with --from {FINE_TUNING[1]}")
     add("--batch-tokens", type=number(1), default=6144, help="tokens a step, padding included")
     add_shared_options(parser)
     return parser.parse_args(argv)
@@ -43,6 +46,8 @@ def main(argv=None):
     if source and os.path.realpath(source) == os.path.realpath(folder):
         raise ValueError(f"--from {source} is where the copy would go: choose another --out")
     steps, lr = FINE_TUNING if source else SCRATCH
+    lr = lr / 8 if args.size == "large" and not source else lr  # it is 8 times as wide
+    task = task_for(args.size, args.task)
     budget = dict(steps=args.steps or steps, lr=args.lr or lr, batch_tokens=args.batch_tokens,
                   seed=args.seed)
     with parallel.processes(args.device):
@@ -53,10 +58,10 @@ def main(argv=None):
             stage, start, origin = "sft", 1.0, dict(teacher=hub.fingerprint(source))
             lm = LM.from_pretrained(source, dtype=torch.float32)
         else:
-            stage, start, origin = "pretrain", START.get(args.task, 1.0), dict(size=args.size)
+            stage, start, origin = "pretrain", START.get(task, 1.0), dict(size=args.size)
             lm = LM(Config(vocab_size=tokenizer.vocab_size, eos_ids=tokenizer.eos_ids,
-                           n_layers=SIZES[args.size]))
-        pairs, data = load_pairs(tokenizer, args.task, args.limit, args.subset_seed,
+                           **SIZES[args.size]))
+        pairs, data = load_pairs(tokenizer, task, args.limit, args.subset_seed,
                                  args.prompt_file)
         train_in(folder, data | origin | budget, pairs,
                  [Stage(stage, budget["steps"], budget["lr"], sft)], lm, None, hardware, start)

@@ -105,7 +105,7 @@ def world(tmp_path, tiny_out, monkeypatch):
                         (torch.utils.checkpoint, "checkpoint"), (sample.Batch, "__init__"),
                         (score, "judge_batch")):
         def counted(*values, of=getattr(owner, name), name=name, **named):
-            counts.append((name, *(x for x in values if type(x) is int)))
+            counts.append((name, *(x for x in values if type(x) in (int, torch.dtype))))
             return of(*values, **named)
         monkeypatch.setattr(owner, name, counted)
     return counts
@@ -139,7 +139,7 @@ WALK = {  # what a script is called with, and an option more for each other call
     sample: f"""--model models/pure --task samples.jsonl --limit 4 --num-samples 2 --out new
         --max-new-tokens 9 --device cpu, --model models/hybrid, --split train, --num-samples 3,
         --seconds 0.1 --num-samples 99999, --max-new-tokens 8, --temperature 0, --top-k 1,
-        --top-p 0.01, --seed 1, --batch-size 3, {DATA}""",
+        --top-p 0.01, --seed 1, --batch-size 3, --state-dtype bfloat16, {DATA}""",
     score: f"""models/teacher --kind process --device cpu, MODEL, --kind likelihood,
         --aggregate prod, --model hybrid, --to x.jsonl, --tokens 50, {MACHINE}"""}
 

@@ -37,20 +37,24 @@ def test_train_and_test_problems_never_overlap_and_never_change(monkeypatch):
 def literal_solution(question):
     """The chain and the answer, from the words of the question alone."""
     rounds, add, times, by, value = map(int, re.fullmatch(
-        r"In each of (\d+) rounds do \+(\d+) (\d+) times, then x(\d+), keeping four digits. "
-        r"Start: (\d{4})", question).groups())
-    lines = []
+        r"In each of (\d+) rounds do \+(\d+) (\d+) times, then x(\d+), keeping (?:four|six) digits. "
+        r"Start: (\d+)", question).groups())
+    lines, digits = [], 6 if "six" in question else 4
+    assert len(question.split()[-1]) == digits
     for left, more in itertools.product(range(rounds, 0, -1), range(times, -1, -1)):
         result, sign = (value + add, f"+{add}") if more else (value * by, f"x{by}")
-        lines.append(f"{left}.{more}) {value:04d} {sign} = {result % 10_000:04d}")
-        value = result % 10_000
-    return "\n".join([*lines, f"\\boxed{{{value:04d}}}"]), f"{value:04d}"
+        after = result % 10 ** digits
+        lines.append(f"{left}.{more}) {value:0{digits}d} {sign} = {after:0{digits}d}")
+        value = after
+    answer = f"{value:0{digits}d}"
+    return "\n".join([*lines, f"\\boxed{{{answer}}}"]), answer
 
 
 def test_every_solution_is_right_and_follows_from_its_question():
     """A slip would teach wrong arithmetic and grade right answers wrong. The most frequent answers
     together are rare, or coverage with many samples would be luck."""
-    for problem in ARITHMETIC["train"] + ARITHMETIC["test"]:
+    six_digits = list(itertools.islice(data.arithmetic_problems("test", "arithmetic6"), 500))
+    for problem in ARITHMETIC["train"] + ARITHMETIC["test"] + six_digits:
         assert (problem.solution, problem.answer) == literal_solution(problem.question)
         assert data.solution_text(problem) == problem.solution
     answers = collections.Counter(problem.answer for problem in ARITHMETIC["test"])

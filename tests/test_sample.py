@@ -21,7 +21,7 @@ import sample
 from common import json_line
 from conftest import ROOT
 from data import choose_subset, load_task, load_tokenizer
-from model import LM, CacheReads, State
+from model import LM, CacheReads, State, cast
 from sample import Batch, choose_tokens, generate, row_keys, uniforms
 from test_kernels import DEVICE, TRITON
 
@@ -248,6 +248,18 @@ def test_texts_depend_neither_on_the_device_nor_on_sorting(hybrid, many, make_lm
     assert texts(hybrid, batch_size=16, **MANY) == many and any(sorts)
 
 
+def test_states_have_the_dtype_that_is_asked_for(hybrid, many, monkeypatch):
+    """In the batch and after prompts; a number of two bytes changes a text now and then only."""
+    made, init_state = [], LM.init_state
+    monkeypatch.setattr(LM, "init_state", lambda *sizes: (
+        made.append(init_state(*sizes)), made[-1])[1])
+    found = texts(hybrid, batch_size=16, state_dtype=torch.bfloat16, **MANY)
+    for state in made:
+        assert [layer["h"].dtype for layer in state.layers if "h" in layer] == [torch.bfloat16] * 2
+        assert {state.layers[1]["keys"].dtype, state.layers[0]["past"].dtype} == {torch.float32}
+    assert len(made) == 2 and 30 < sum(found[pair] == many[pair] for pair in many) < 60
+
+
 class NoCopies(TorchDispatchMode):
     """Within it, no operation on tensors may take one of a device other than "meta"."""
 
@@ -306,6 +318,18 @@ def test_recorded_steps_find_their_tensors_where_they_were(hybrid, many, monkeyp
     assert texts(hybrid, batch_size=batch_size, **MANY) == many
     assert sizes == sorted(set(sizes), reverse=True)  # once for each size
     assert len(sizes) == 1 if batch_size == 1 else 1 < len(sizes) <= 9
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_on_a_gpu_recorded_steps_give_the_same_texts(make_lm, pattern, monkeypatch, dtype, top_p):
+    """Bit for bit, as long as the batch has as many rows, on which half precision depends."""
+    monkeypatch.setitem(sample.VISIT_EVERY, "cuda", 1)
+    lm, settings = cast(make_lm(pattern), "cuda", dtype), dict(batch_size=16, top_p=top_p, **MANY)
+    recorded = texts(lm, **settings)
+    monkeypatch.setattr(sample, "advance", Batch.step)
+    assert texts(lm, **settings) == recorded
 
 
 # ---- no work for nothing
@@ -441,7 +465,7 @@ def test_a_run_is_recorded_as_documented(sampled, models, task_file):
     about = json.loads((sampled / "samples.json").read_text())
     assert about["params"] == LM.from_pretrained(str(models / "pure")).num_parameters()
     assert " ".join(about) == "settings params device torch"
-    of_run = "prompt problems questions weights processes device dtype".split()
+    of_run = "prompt problems questions weights processes device dtype state_dtype".split()
     assert about["settings"].keys() == {*sample.SETTINGS, *of_run} - {"num_samples"}
 
 

@@ -8,12 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import data
 import distill
 import hub
+import sample
 import teacher
 from conftest import assert_close
 from data import load_tokenizer
-from model import LM
+from model import LM, Config
 
 
 @pytest.fixture
@@ -38,6 +40,23 @@ def test_a_teacher_from_scratch_has_the_built_in_tasks_tokenizer(command, tiny_o
                   "pure", "--steps", "1"])
     made = json.loads((tmp_path / "out" / "pure-small" / "training.json").read_text())
     assert made["teacher"] == hub.fingerprint(tmp_path / "out" / "teacher-small")
+
+
+def test_the_large_experiment_is_the_same_commands(tmp_path, monkeypatch):
+    """About 27 million parameters and numbers of six digits; here all at tiny size."""
+    with torch.device("meta"):
+        assert 26e6 < LM(Config(597, **teacher.SIZES["large"])).num_parameters() < 28e6
+    monkeypatch.setitem(teacher.SIZES, "large", dict(d_model=32, n_heads=2, d_ff=32))
+    monkeypatch.setattr(data, "TRAIN_PROBLEMS", 100)
+    out, training = tmp_path / "out", ["--steps", "1", "--batch-tokens", "3000", "--size", "large"]
+    for main, options in ((teacher.main, training), (distill.main, training), (
+            sample.main, "--task arithmetic6 --limit 2 --num-samples 2 --batch-size 3 "
+                         "--max-new-tokens 5".split())):
+        main([*options, "--device", "cpu", "--out", str(out)])
+    for name in "teacher-large", "pure-large", "hybrid-large":
+        assert json.loads((out / name / "training.json").read_text())["task"] == "arithmetic6"
+        first, *rest = (out / name / "samples.jsonl").read_text().splitlines()
+        assert len(json.loads(first)["gold"]) == 6 and len(rest) == 3
 
 
 def test_a_given_model_is_fine_tuned_as_a_copy(command, tiny_out):
