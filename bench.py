@@ -53,7 +53,7 @@ def empty_models(shape, dtype):
 
 
 # ---- bytes
-def sizes(lm, states=torch.float32):
+def sizes(lm, states=None):
     """Bytes of the weights, of a token in a row's caches, and of a row's states of this dtype."""
     one, two = (lm.init_state(1, length, states).nbytes() for length in (1, 2))
     return sum(parameter.nbytes for parameter in lm.parameters()), two - one, 2 * one - two
@@ -117,13 +117,13 @@ POSITIONS, STEPS = 8, 8  # lengths of the context; steps timed at each, on a GPU
 ROOM = 32  # tokens of room behind the last: no row is ever done
 
 
-def full_batch(empty, device, rows, prompt, new, states=torch.float32):
+def full_batch(empty, device, rows, prompt, new):
     """A Batch of sample.py: random weights, a random past in all rows, room for texts."""
     lm = copy.deepcopy(empty).requires_grad_(False).to_empty(device=device)
     for parameter in lm.parameters():
         parameter.normal_(std=0.02)
     batch = sample.Batch(prepare(lm), rows, prompt + new + ROOM, new + ROOM, (),
-                         lambda logits, u: sample.choose_tokens(logits, u, temperature=0.8), states)
+                         lambda logits, u: sample.choose_tokens(logits, u, temperature=0.8))
     batch.done.fill_(False)
     for layer in batch.state.layers:
         for tensor in layer.values():
@@ -141,26 +141,26 @@ def decode(batch, contexts):
 
 
 @torch.inference_mode()
-def decoding_speed(empty, device, rows, prompt, new, states=torch.float32):
+def decoding_speed(empty, device, rows, prompt, new):
     """New tokens per second over a text, of a model alone in memory; nan if it is too large."""
     gc.collect()
     torch.cuda.empty_cache()
     contexts = [max(0, prompt + new * i // (2 * POSITIONS) - STEPS // 2)
                 for i in range(1, 2 * POSITIONS, 2)]
     try:
-        batch = full_batch(empty, device, rows, prompt, new, states)
+        batch = full_batch(empty, device, rows, prompt, new)
         decode(batch, contexts[-1:])  # to warm up: compile, record, touch
         return speed_of(rows * STEPS * POSITIONS, decode, batch, contexts)
     except torch.OutOfMemoryError:
         return np.nan
 
 
-def bench_decoding(shape, batch, prompt, generate, repeats, device, dtype, states):
+def bench_decoding(shape, batch, prompt, generate, repeats, device, dtype):
     """Yield speeds of new tokens, the ratio's ceiling by bytes, and GB/s of what has to move."""
     for name, rows, new in itertools.product(shape, batch, generate):
-        runs = {pattern: (decoding_speed, lm, device, rows, prompt, new, states)
+        runs = {pattern: (decoding_speed, lm, device, rows, prompt, new)
                 for pattern, lm in empty_models(name, dtype).items()}
-        moved = [bytes_per_token(*sizes(lm, states), rows, prompt, new) for _, lm, *_ in runs.values()]
+        moved = [bytes_per_token(*sizes(lm), rows, prompt, new) for _, lm, *_ in runs.values()]
         lines = race(runs, repeats, shape=name, batch=rows, prompt=prompt, generate=new)
         for line, mine in zip(lines, moved):
             yield line | {"ceiling": moved[0] / mine, "GB/s": line["tokens/s"] * mine / 1e9}
@@ -266,13 +266,14 @@ def main(argv=None):
     if args.ceiling:
         return report(ceilings(args.shape or list(SHAPES)[-3:], *sizes, args.memory), os.devnull)
     device, dtype = choose_device(args.device, args.dtype)
+    LM.state_dtype = getattr(torch, args.state_dtype)
     shape, where = args.shape or ["tiny"], (args.repeats, device, dtype)
     if args.against:
         lines = bench_against(args.against, *sizes, *where)
     elif args.kernels:
         lines = bench_kernels(shape, *sizes[:2], *where)
     else:
-        lines = bench_decoding(shape, *sizes, *where, getattr(torch, args.state_dtype))
+        lines = bench_decoding(shape, *sizes, *where)
     os.makedirs(args.out, exist_ok=True)
     report(lines, os.path.join(args.out, "bench.jsonl"), device=device_name(device),
            dtype=str(dtype)[6:], state_dtype=args.state_dtype, date=time.strftime("%F"))

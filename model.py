@@ -324,6 +324,7 @@ class LM(nn.Module):
         if self.device.type != "meta":
             self.apply(self.reset_parameters)
 
+    state_dtype = torch.float32  # of the mixers' h, see init_state
     layers = property(lambda self: self.model.layers)
     device = property(lambda self: self.model.embed_tokens.weight.device)
     dtype = property(lambda self: self.model.embed_tokens.weight.dtype)
@@ -338,8 +339,9 @@ class LM(nn.Module):
             for layer in getattr(module.mixer, module.mixer.output), module.mlp.down_proj:
                 layer.weight.data.mul_((2 * self.config.n_layers) ** -0.5)
 
-    def init_state(self, batch, max_length, state_dtype=torch.float32):
+    def init_state(self, batch, max_length, state_dtype=None):
         """An empty State for `batch` rows of up to `max_length` tokens; h is of state_dtype."""
+        state_dtype = state_dtype or self.state_dtype
         like = self.model.embed_tokens.weight.detach()
         lengths = torch.zeros(batch, dtype=torch.long, device=self.device)
         return State(lengths, [block.mixer.init_cache(batch, max_length, like, state_dtype)

@@ -102,7 +102,7 @@ def choose_tokens(logits, u, temperature, top_k=0, top_p=1.0):
 PACK = 8192  # tokens of a pass over prompts, which bounds its memory
 
 
-def prefill(lm, prompts, state_dtype=torch.float32):
+def prefill(lm, prompts):
     """Run prompts {problem: ids}, the longest first, many in a pass. Yield for each pass
     ({problem: row}, state, logits (B, V) of the next token).
 
@@ -117,7 +117,7 @@ def prefill(lm, prompts, state_dtype=torch.float32):
         rows = [torch.tensor(prompts[problem]) for problem in pack]
         tokens = pad_sequence(rows, batch_first=True).to(lm.device)  # (B, L)
         counts = torch.tensor([len(row) for row in rows], device=lm.device)
-        state = lm.init_state(*tokens.shape, state_dtype)
+        state = lm.init_state(*tokens.shape)
         logits = lm(tokens, state, counts)[:, 0]
         yield {problem: i for i, problem in enumerate(pack)}, state, logits
 
@@ -140,11 +140,9 @@ class Batch:
     steps, to read out the rows that are done and to start others in their place.
     """
 
-    def __init__(self, lm, size, max_length, max_new_tokens, stop_ids, choose,
-                 state_dtype=torch.float32):
+    def __init__(self, lm, size, max_length, max_new_tokens, stop_ids, choose):
         self.lm, self.choose, self.max_new_tokens = lm, choose, max_new_tokens
-        self.owner, self.state_dtype = {}, state_dtype  # owner: of each busy row
-        self.state = lm.init_state(size, max_length, state_dtype)
+        self.owner, self.state = {}, lm.init_state(size, max_length)  # owner: of each busy row
         self.no_token = lm.config.vocab_size  # from choose_tokens; a row ends with it, too
         self.stop_ids = torch.tensor([*stop_ids, self.no_token], device=lm.device)
         self.logits = torch.zeros(size, self.no_token, dtype=lm.dtype, device=lm.device)
@@ -157,7 +155,7 @@ class Batch:
         """Begin completions in empty rows, each from the state after its prompt; that runs once."""
         ran = {problem for places, _, _ in self.passes for problem in places}
         new = {problem: prompts[problem] for problem, _ in owners if problem not in ran}
-        self.passes += prefill(self.lm, new, self.state_dtype)
+        self.passes += prefill(self.lm, new)
         for places, state, logits in self.passes:
             pairs = [(row, places[problem]) for row, (problem, _) in zip(rows, owners)
                      if problem in places]
@@ -197,15 +195,13 @@ class Batch:
 
 @torch.inference_mode()
 def generate(lm, prompts, *, num_samples=1, max_new_tokens=256, temperature=1.0, top_k=0,
-             top_p=1.0, batch_size=64, stop_ids=(), seed=0, skip=(), seconds=float("inf"),
-             state_dtype=torch.float32):
+             top_p=1.0, batch_size=64, stop_ids=(), seed=0, skip=(), seconds=float("inf")):
     """Yield a Completion of every prompt, num_samples times, each as soon as it is finished.
 
     prompts: lists of token ids. skip: (problem, sample) pairs not to run. seconds: when to end;
-    rows still running are dropped. top_k and top_p act after the temperature (0: greedy).
-    state_dtype: of the mixers' states. In float32 on a CPU, batch_size and skip change no text, up
-    to ties. ValueError at the call for arguments out of range, and later for logits that are nan or
-    infinite.
+    rows still running are dropped. top_k and top_p act after the temperature (0: greedy). In
+    float32 on a CPU, batch_size and skip change no text, up to ties. ValueError at the call for
+    arguments out of range, and later for logits that are nan or infinite.
     """
     began = time.perf_counter()
     # 1. Wait in line: every problem's sample 0, then every sample 1, ...; drawn one by one.
@@ -214,7 +210,7 @@ def generate(lm, prompts, *, num_samples=1, max_new_tokens=256, temperature=1.0,
     owners = list(itertools.islice(queue, batch_size))
     longest = max(map(len, prompts), default=0) + max_new_tokens
     batch = Batch(lm, len(owners), longest, max_new_tokens, stop_ids, functools.partial(
-        choose_tokens, temperature=temperature, top_k=top_k, top_p=top_p), state_dtype)
+        choose_tokens, temperature=temperature, top_k=top_k, top_p=top_p))
     while owners or batch.owner:
         # 2. Empty rows are taken by the next in line, from the state after their prompts.
         if owners:
@@ -365,6 +361,7 @@ def sample_model(model, folder, problems, template, knobs, most, seconds, device
     of each problem. template: the text around a question; knobs: settings of generate."""
     lm, tokenizer = LM.from_pretrained(model, device, dtype).eval(), load_tokenizer(model)
     about = dict(params=lm.num_parameters(), device=device_name(device), torch=torch.__version__)
+    lm.state_dtype = getattr(torch, state_dtype)
     prepare(lm)  # what it joins is no longer a parameter
     asked = {i: (problem.question, problem.answer) for i, problem in enumerate(problems)}
     prompts = [tokenizer.chat(template.replace("{question}", p.question)) for p in problems]
@@ -374,8 +371,7 @@ def sample_model(model, folder, problems, template, knobs, most, seconds, device
 
     def draw(seconds):
         for c in generate(lm, prompts, num_samples=most, stop_ids=tokenizer.eos_ids,
-                          skip=NotMine(done), seconds=seconds, state_dtype=getattr(
-                              torch, state_dtype), **knobs):
+                          skip=NotMine(done), seconds=seconds, **knobs):
             yield dict(zip(RECORD, (c.problem, c.sample, *asked[c.problem], tokenizer.decode(
                 c.tokens), len(c.tokens), c.finish, c.seconds)))
     with parallel.exclusively(folder):

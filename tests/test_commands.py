@@ -18,6 +18,7 @@ import sample
 import score
 import teacher
 from conftest import ROOT
+from model import LM
 
 FILES, TESTS = sorted(ROOT.glob("*.py")), sorted(ROOT.glob("tests/*.py"))
 ORDER = ("common decode_kernels hub kernels deltanet data model verdict grade parallel sample "
@@ -105,7 +106,8 @@ def world(tmp_path, tiny_out, monkeypatch):
                         (torch.utils.checkpoint, "checkpoint"), (sample.Batch, "__init__"),
                         (score, "judge_batch")):
         def counted(*values, of=getattr(owner, name), name=name, **named):
-            counts.append((name, *(x for x in values if type(x) in (int, torch.dtype))))
+            counts.append((name, *(getattr(x, "state_dtype", x) for x in values
+                                   if isinstance(x, (int, LM)))))
             return of(*values, **named)
         monkeypatch.setattr(owner, name, counted)
     return counts

@@ -253,7 +253,8 @@ def test_states_have_the_dtype_that_is_asked_for(hybrid, many, monkeypatch):
     made, init_state = [], LM.init_state
     monkeypatch.setattr(LM, "init_state", lambda *sizes: (
         made.append(init_state(*sizes)), made[-1])[1])
-    found = texts(hybrid, batch_size=16, state_dtype=torch.bfloat16, **MANY)
+    monkeypatch.setattr(hybrid, "state_dtype", torch.bfloat16)
+    found = texts(hybrid, batch_size=16, **MANY)
     for state in made:
         assert [layer["h"].dtype for layer in state.layers if "h" in layer] == [torch.bfloat16] * 2
         assert {state.layers[1]["keys"].dtype, state.layers[0]["past"].dtype} == {torch.float32}
