@@ -232,18 +232,17 @@ def decode_attention(q, keys, values, lengths, backend="auto"):
 
 # ---- choosing a token
 @triton.jit
-def weights(logits, place, vocab, top, scale):
-    """exp(scale (logits - top)) at places of a row, 0 behind its end."""
-    x = tl.load(logits + place, mask=place < vocab, other=float("-inf")).to(tl.float32)
-    return tl.exp((x - top) * scale)
+def load_logits(logits, place, vocab):
+    """At places of a row, in float32; -inf behind its end."""
+    return tl.load(logits + place, mask=place < vocab, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
 def mass_from(edge, logits, vocab, top, scale, BLOCK: tl.constexpr):
-    """The sum of a row's weights that are not below the edge."""
+    """The sum of a row's weights, exp(scale (logits - top)), that are not below the edge."""
     mass, v = 0.0, tl.arange(0, BLOCK)
     for first in range(0, vocab, BLOCK):
-        w = weights(logits, first + v, vocab, top, scale)
+        w = tl.exp((load_logits(logits, first + v, vocab) - top) * scale)
         mass += tl.sum(tl.where(w < edge, 0.0, w), 0)
     return mass
 
@@ -255,8 +254,7 @@ def _choose_kernel(logits, u, tokens, vocab, scale, top_p, NUCLEUS: tl.constexpr
     row, v = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     logits, top = logits + row * vocab, float("-inf")
     for first in range(0, vocab, BLOCK):
-        x = tl.load(logits + first + v, mask=first + v < vocab, other=float("-inf"))
-        top = tl.maximum(top, tl.max(x.to(tl.float32), 0))
+        top = tl.maximum(top, tl.max(load_logits(logits, first + v, vocab), 0))
     total = mass_from(0.0, logits, vocab, top, scale, BLOCK)
     if NUCLEUS:  # what is above an edge, and the first so many that equal it
         wanted, edge_bits, above = top_p * total, 0, 0.0
@@ -270,7 +268,7 @@ def _choose_kernel(logits, u, tokens, vocab, scale, top_p, NUCLEUS: tl.constexpr
         total = above + most * edge
     target, before, token, last = tl.load(u + row) * total, 0.0, vocab, 0
     for first in range(0, vocab, BLOCK):
-        w = weights(logits, first + v, vocab, top, scale)
+        w = tl.exp((load_logits(logits, first + v, vocab) - top) * scale)
         if NUCLEUS:
             tie = tl.where(w == edge, 1.0, 0.0)
             w = tl.where((w < edge) | (w == edge) & (tl.cumsum(tie, 0) > most), 0.0, w)
