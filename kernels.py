@@ -160,8 +160,7 @@ class _ChunkedScan(Function):
             grad_A += (dt_c * w).sum((0, 1))
             torch.mul(dt_c, b, out=grad_x)
             torch.add(x_c * b, (A * w).sum(-2, keepdim=True), out=grad_dt)
-        grad_x, grad_dt, grad_B, grad_C = grads
-        return grad_x, grad_dt, grad_A, grad_B, grad_C, grad_h
+        return *grads[:2], grad_A, *grads[2:], grad_h
 
 
 def scan_chunks(x, dt, A, B, C, h):
@@ -492,11 +491,10 @@ def scan_triton(x, dt, A, B, C, h):
     if segments > 1:
         shrinks = torch.exp(A * dt.sum(1)[:, None])  # (B S, N, D)
         _, left = scan(torch.zeros_like(shrinks))
-        left, shrinks = (u.unflatten(0, (batch, segments)) for u in (left, shrinks))
         for s in range(segments - 1):
-            starts.append(torch.addcmul(left[:, s], shrinks[:, s], starts[-1]))
+            starts.append(torch.addcmul(left[s::segments], shrinks[s::segments], starts[-1]))
     y, h = scan(torch.stack(starts, 1).flatten(0, 1))
-    return y.view(batch, length, d_inner), h.unflatten(0, (batch, segments))[:, -1].transpose(1, 2)
+    return y.view(batch, length, d_inner), h[segments - 1::segments].transpose(1, 2)
 
 
 # ---- check and time
