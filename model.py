@@ -571,14 +571,13 @@ def attend_to_cache(q, k, v, cache, reads):
     values[reads.rows, :, reads.columns] = v.transpose(1, 2)[reads.real]
     if q.is_cuda and reads.is_step:
         return decode_kernels.decode_attention(q[:, :, 0], keys, values, reads.lengths)[:, :, None]
-    batch, heads, length, _ = q.shape
-    group = heads // keys.shape[1]
+    shape, group = q.shape, q.shape[1] // keys.shape[1]
     q = q.unflatten(1, (-1, group)).flatten(2, 3)  # (B, K, H/K L, P)
     y = torch.cat([F.scaled_dot_product_attention(
         q[rows], keys[rows, :, :longest], values[rows, :, :longest],
-        attn_mask=mask if length == 1 else mask.repeat(1, 1, group, 1))
+        attn_mask=mask if shape[2] == 1 else mask.repeat(1, 1, group, 1))
         for rows, longest, mask in reads.groups])  # (B, K, H/K L, P)
-    return y.view(batch, heads, length, -1)
+    return y.view(shape)
 
 
 def convolve(conv, x, cache, reads):
