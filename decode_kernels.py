@@ -232,18 +232,17 @@ def decode_attention(q, keys, values, lengths, backend="auto"):
 
 # ---- choosing a token
 @triton.jit
-def weights(logits, place, vocab, top, scale):
-    """exp(scale (logits - top)) at places of a row, 0 behind its end."""
-    x = tl.load(logits + place, mask=place < vocab, other=float("-inf")).to(tl.float32)
-    return tl.exp((x - top) * scale)
+def load_logits(logits, place, vocab):
+    """At places of a row, in float32; -inf behind its end."""
+    return tl.load(logits + place, mask=place < vocab, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
 def mass_from(edge, logits, vocab, top, scale, BLOCK: tl.constexpr):
-    """The sum of a row's weights that are not below the edge."""
+    """The sum of a row's weights, exp(scale (logits - top)), that are not below the edge."""
     mass, v = 0.0, tl.arange(0, BLOCK)
     for first in range(0, vocab, BLOCK):
-        w = weights(logits, first + v, vocab, top, scale)
+        w = tl.exp((load_logits(logits, first + v, vocab) - top) * scale)
         mass += tl.sum(tl.where(w < edge, 0.0, w), 0)
     return mass
 
@@ -251,39 +250,35 @@ def mass_from(edge, logits, vocab, top, scale, BLOCK: tl.constexpr):
 @triton.jit
 def _choose_kernel(logits, u, tokens, vocab, scale, top_p, NUCLEUS: tl.constexpr,
                    BLOCK: tl.constexpr):
-    """One program: a row, whose logits it reads three times, for a nucleus 31 times more."""
+    """One program: a row, whose logits it reads three times, for a nucleus 30 times more."""
     row, v = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     logits, top = logits + row * vocab, float("-inf")
     for first in range(0, vocab, BLOCK):
-        x = tl.load(logits + first + v, mask=first + v < vocab, other=float("-inf"))
-        top = tl.maximum(top, tl.max(x.to(tl.float32), 0))
+        top = tl.maximum(top, tl.max(load_logits(logits, first + v, vocab), 0))
     total = mass_from(0.0, logits, vocab, top, scale, BLOCK)
-    edge, most = 0.0, 0.0  # kept: weights above the edge, and the first so many that equal it
-    if NUCLEUS:  # the highest edge that leaves enough, by bisection of the bits of 0 to 1
-        wanted, low, high = top_p * total, 0, 0x3F800001
-        for _ in range(30):
-            middle = (low + high) // 2
-            mass = mass_from(middle.to(tl.float32, bitcast=True), logits, vocab, top, scale, BLOCK)
-            low = tl.where(mass < wanted, low, middle)
-            high = tl.where(mass < wanted, middle, high)
-        edge = low.to(tl.float32, bitcast=True)
-        above = mass_from(high.to(tl.float32, bitcast=True), logits, vocab, top, scale, BLOCK)
+    if NUCLEUS:  # what is above an edge, and the first so many that equal it
+        wanted, edge_bits, above = top_p * total, 0, 0.0
+        for bit in range(30):  # the highest edge that leaves enough, as float32 from 0 to 2
+            higher = edge_bits + (0x20000000 >> bit)
+            mass = mass_from(higher.to(tl.float32, bitcast=True), logits, vocab, top, scale, BLOCK)
+            edge_bits = tl.where(mass < wanted, edge_bits, higher)
+            above = tl.where(mass < wanted, mass, above)
+        edge = edge_bits.to(tl.float32, bitcast=True)
         most = tl.ceil((wanted - above) / edge)
         total = above + most * edge
-    target, token = tl.load(u + row) * total, vocab
-    before, ties = 0.0, 0.0  # of all blocks so far
+    target, before, token, last = tl.load(u + row) * total, 0.0, vocab, 0
     for first in range(0, vocab, BLOCK):
-        w = weights(logits, first + v, vocab, top, scale)
+        w = tl.exp((load_logits(logits, first + v, vocab) - top) * scale)
         if NUCLEUS:
             tie = tl.where(w == edge, 1.0, 0.0)
-            is_first = ties + tl.cumsum(tie, 0) <= most
-            w, ties = tl.where((w > edge) | (w == edge) & is_first, w, 0.0), ties + tl.sum(tie, 0)
-        mass = tl.where(w > 0, before + tl.cumsum(w, 0), -1.0)  # (BLOCK,)
-        last = tl.max(mass, 0)  # where the target is not before, through rounding
-        place = tl.min(tl.where((mass > target) | (mass == last), first + v, vocab), 0)
-        token = tl.where((before <= target) & (last >= 0), place, token)
+            w = tl.where((w < edge) | (w == edge) & (tl.cumsum(tie, 0) > most), 0.0, w)
+            most -= tl.sum(tie, 0)
+        passed = (w > 0) & (before + tl.cumsum(w, 0) > target)
+        token = tl.minimum(token, tl.min(tl.where(passed, first + v, vocab), 0))
+        last = tl.maximum(last, tl.max(tl.where(w > 0, first + v, 0), 0))
         before += tl.sum(w, 0)
-    tl.store(tokens + row, token)
+    # through rounding, none may have passed the target; nan is a row's that is not finite
+    tl.store(tokens + row, tl.where(target >= 0, tl.minimum(token, last), vocab))
 
 
 def choose_token(logits, u, temperature, top_p):

@@ -17,7 +17,7 @@ The ladder, every rung tested against the one before:
 
     1  loop        the formulas: L small steps, and autograd keeps every state
     2  matrices    SSD as attention without softmax, with forgetting: work L^2
-    3  chunks      SSD: matrices within chunks of Q steps, states between: work L Q, L/Q steps;
+    3  chunks      SSD: a matrix within each chunk of Q steps, one between: work L Q + (L/Q)^2;
                    the scan: the state before each chunk is kept, the others computed twice
     4  Triton      the scan in one kernel, its states in registers
     5  backward    rung 3's gradients, in registers
@@ -86,7 +86,7 @@ def in_chunks(u, chunk):
 
 
 def ssd_chunks(x, log_decay, B, C, h, chunk):
-    """ssd_loop by matrices within chunks of Q steps and a loop over L/Q states (listing 1)."""
+    """ssd_loop by matrices within chunks of Q steps and one between the L/Q chunks (listing 1)."""
     length, chunk = x.shape[1], min(chunk, x.shape[1])
     x, log_decay, B, C = (in_chunks(u, chunk) for u in (x, log_decay, B, C))  # (B, H, L/Q, Q, ...)
     # 1. What the inputs of a chunk give to its outputs: rung 2.
@@ -94,15 +94,14 @@ def ssd_chunks(x, log_decay, B, C, h, chunk):
     y = (C @ B.transpose(-1, -2) * decay) @ x  # (B, H, L/Q, Q, P)
     # 2. What they leave in the state at its end, by the last row of decays.
     left = (x * decay[..., -1, :, None]).transpose(-1, -2) @ B  # (B, H, L/Q, P, N)
-    # 3. The recurrence from chunk to chunk, h before the first: rung 2 again, L/Q instead of L.
+    # 3. The recurrence from chunk to chunk, h before the first: rung 2 again, for L/Q steps.
     from_start = log_decay.cumsum(-1)[..., None]  # (B, H, L/Q, Q, 1)
     T = decays(F.pad(from_start[..., -1, 0], (1, 0)))  # (B, H, 1 + L/Q, 1 + L/Q)
     ends = T @ torch.cat((h[:, :, None], left), 2).flatten(3)  # (B, H, 1 + L/Q, P N)
     ends = ends.unflatten(3, h.shape[2:])
     # 4. What the state before a chunk gives to its outputs.
     y = torch.addcmul(y, C @ ends[:, :, :-1].transpose(-1, -2), from_start.exp())
-    h = ends[:, :, -1]
-    return y.flatten(2, 3)[:, :, :length].transpose(1, 2), h
+    return y.flatten(2, 3)[:, :, :length].transpose(1, 2), ends[:, :, -1]
 
 
 def chunk_states(x, dt, A, B, h):
@@ -161,8 +160,7 @@ class _ChunkedScan(Function):
             grad_A += (dt_c * w).sum((0, 1))
             torch.mul(dt_c, b, out=grad_x)
             torch.add(x_c * b, (A * w).sum(-2, keepdim=True), out=grad_dt)
-        grad_x, grad_dt, grad_B, grad_C = grads
-        return grad_x, grad_dt, grad_A, grad_B, grad_C, grad_h
+        return *grads[:2], grad_A, *grads[2:], grad_h
 
 
 def scan_chunks(x, dt, A, B, C, h):
@@ -328,14 +326,13 @@ def causal_conv(x, weight, bias, past=None, counts=None):
     x (B, L, D), weight (D, 1, W), bias (D,); past (B, W-1, D): what came before x, None for zeros.
     counts (B,): row b has counts[b] tokens, then padding, which does not enter its past.
     """
-    width, length = weight.shape[-1], x.shape[1]
-    kind = compute_dtype(x)
+    width, kind = weight.shape[-1], compute_dtype(x)
     past = x.new_zeros(len(x), width - 1, x.shape[2]) if past is None else past.to(x.dtype)
     inputs = torch.cat([past, x], dim=1)  # (B, W-1 + L, D)
     taps = weight[:, 0].t().to(kind).contiguous()  # (W, D)
     y = _CausalConv.apply(inputs.to(kind), taps, bias.to(kind)).to(x.dtype)
     if counts is None:
-        return y, inputs[:, length:]
+        return y, inputs[:, x.shape[1]:]
     window = counts[:, None] + torch.arange(width - 1, device=x.device)  # (B, W-1)
     return y, inputs.gather(1, window[..., None].expand(-1, -1, x.shape[2]))
 
@@ -346,10 +343,9 @@ def causal_conv_step(past, x, weight, bias, backend="auto"):
         return decode_kernels.causal_conv_step(past, x, weight, bias)
     kind, taps = compute_dtype(x), weight[:, 0].unbind(1)  # W times (D,)
     y = torch.addcmul(bias, x.to(kind), taps[-1])  # (B, D)
-    columns = [past[:, k] for k in range(past.shape[1])]
-    for column, tap in zip(columns, taps):
+    window = *(past[:, k] for k in range(past.shape[1])), x
+    for column, newer, tap in zip(window, window[1:], taps):
         y.addcmul_(column.to(kind), tap)
-    for column, newer in zip(columns, (*columns[1:], x)):
         column.copy_(newer)
     return y.to(x.dtype)
 
@@ -358,9 +354,9 @@ def causal_conv_step(past, x, weight, bias, backend="auto"):
 # Rung 3 writes tensors N times as large as x. Here a program walks through time with the states of
 # M channels in registers; N exponentials for each x bind. (Mamba's associative scan takes log L
 # rounds, but more work; where programs are few, rung 6 does instead.)
-# In memory, states are (N, D). `width` is D, a number of which Triton knows no factor: else it
-# reads in wide pieces, and sums over N exchange 12 times as much between threads.
-KEPT = 8  # every KEPT-th state is kept for the backward kernel, which computes the others again
+# States are (N, D). `width` is D, but Triton knows no factor of it: else it reads in wide pieces,
+# and sums over N exchange 12 times as much between threads.
+KEPT = 8  # every KEPT-th state is kept for the backward kernel
 
 
 @triton.jit(do_not_specialize=["length", "width"])
@@ -458,9 +454,8 @@ class _TritonScan(Function):
                          groups=groups, KEPT=KEPT, BLOCK_D=block_d, BLOCK_N=block_n,
                          num_warps=max(1, block_n * block_d // 256), **FUSED)
         y, h_end = torch.empty_like(x), torch.empty_like(h)
-        kept = None
-        if any(ctx.needs_input_grad):
-            kept = h.new_empty(batch, triton.cdiv(length, KEPT), *A.shape)
+        kept = (h.new_empty(batch, triton.cdiv(length, KEPT), *A.shape)
+                if any(ctx.needs_input_grad) else None)
         _scan_forward_kernel[ctx.grid](x, dt, A, B, C, h, y, kept, h_end, **ctx.sizes)
         ctx.save_for_backward(x, dt, A, B, C, kept)
         return y, h_end
@@ -496,25 +491,22 @@ def scan_triton(x, dt, A, B, C, h):
     if segments > 1:
         shrinks = torch.exp(A * dt.sum(1)[:, None])  # (B S, N, D)
         _, left = scan(torch.zeros_like(shrinks))
-        left, shrinks = (u.unflatten(0, (batch, segments)) for u in (left, shrinks))
         for s in range(segments - 1):
-            starts.append(torch.addcmul(left[:, s], shrinks[:, s], starts[-1]))
+            starts.append(torch.addcmul(left[s::segments], shrinks[s::segments], starts[-1]))
     y, h = scan(torch.stack(starts, 1).flatten(0, 1))
-    return y.view(batch, length, d_inner), h.unflatten(0, (batch, segments))[:, -1].transpose(1, 2)
+    return y.view(batch, length, d_inner), h[segments - 1::segments].transpose(1, 2)
 
 
 # ---- check and time
 def ssd_matrix(x, log_decay, B, C):
-    """y = T x."""
     T = mixing_matrix(log_decay, B, C)  # (B, H, L, L)
     return torch.einsum("bhts,bshp->bthp", T, x.to(T.dtype)).to(x.dtype)
 
 
-scan = partial(selective_scan, dt_softplus=True)
 LADDERS = {
-    "selective_scan": (SCAN_SHAPES, {"1 loop": partial(scan, backend="ref"),
-                                     "3 chunks": partial(scan, backend="torch"),
-                                     "4-6 Triton": partial(scan, backend="triton")}),
+    "selective_scan": (SCAN_SHAPES, {
+        rung: partial(selective_scan, dt_softplus=True, backend=backend) for rung, backend in
+        (("1 loop", "ref"), ("3 chunks", "torch"), ("4-6 Triton", "triton"))}),
     "ssd": (SSD_SHAPES, {"1 loop": ssd_ref, "2 matrix": ssd_matrix,
                          "3 chunks": partial(ssd, chunk=32)})}
 
@@ -559,14 +551,14 @@ def bytes_kept(function, inputs):
 def main():
     parser = Parser("Check every rung against the one below; show what it costs.")
     sizes = (1, 2048, 2048, 16) if torch.cuda.is_available() else (8, 256, 64, 16)
+    add = parser.add_argument
     for name, size in zip(("batch", "length", "channels", "states"), sizes):
-        parser.add_argument(f"--{name}", type=number(1), default=size, help="of the inputs")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
-                        help="default: bfloat16 on cuda, else float32")
-    args = parser.parse_args()
-    sizes = args.batch, args.length, args.channels, args.states
-    device, dtype = choose_device(args.device, args.dtype)
+        add(f"--{name}", type=number(1), default=size, help="of the inputs")
+    add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
+    add("--dtype", choices=["float32", "bfloat16", "float16"],
+        help="default: bfloat16 on cuda, else float32")
+    *sizes, device, dtype = vars(parser.parse_args()).values()
+    device, dtype = choose_device(device, dtype)
     torch.manual_seed(0)
     print(f"{'':15} {'rung':11} {'error':>8} {'ms':>9} {'MB kept':>8}")
     for name, (shapes, rungs) in LADDERS.items():

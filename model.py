@@ -67,16 +67,8 @@ class Config:
 
 
 # ---- Llama
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight (Zhang & Sennrich 2019)."""
-
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x):  # (B, L, d_model)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+RMSNorm = nn.RMSNorm  # x / rms(x) * weight (Zhang & Sennrich 2019)
+Linear = functools.partial(nn.Linear, bias=False)
 
 
 def rope_frequencies(config):
@@ -105,10 +97,10 @@ class Attention(nn.Module):
         self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
         self.head_dim = config.head_dim
         inner, inner_kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(config.d_model, inner, bias=False)
-        self.k_proj = nn.Linear(config.d_model, inner_kv, bias=False)
-        self.v_proj = nn.Linear(config.d_model, inner_kv, bias=False)
-        self.o_proj = nn.Linear(inner, config.d_model, bias=False)
+        self.q_proj = Linear(config.d_model, inner)
+        self.k_proj = Linear(config.d_model, inner_kv)
+        self.v_proj = Linear(config.d_model, inner_kv)
+        self.o_proj = Linear(inner, config.d_model)
 
     def init_cache(self, batch, max_length, like, state_dtype):
         shape = batch, self.n_kv_heads, max_length, self.head_dim  # (B, K, T, P)
@@ -143,9 +135,9 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.gate_proj = Linear(config.d_model, config.d_ff)
+        self.up_proj = Linear(config.d_model, config.d_ff)
+        self.down_proj = Linear(config.d_ff, config.d_model)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -173,16 +165,16 @@ class Mamba(nn.Module):
         if inner_kv % self.d_state:
             raise ValueError(f"d_state = {self.d_state} does not divide n_kv_heads x head_dim = "
                              f"{inner_kv}: the mamba mixer groups channels by d_state")
-        self.in_proj_x = nn.Linear(config.d_model, inner_kv, bias=False)
-        self.B_proj = nn.Linear(config.d_model, inner_kv, bias=False)
-        self.C_proj = nn.Linear(config.d_model, self.inner, bias=False)
-        self.in_proj_z = nn.Linear(config.d_model, self.inner, bias=False)
-        self.dt_proj_down = nn.Linear(config.d_model, config.dt_rank, bias=False)
+        self.in_proj_x = Linear(config.d_model, inner_kv)
+        self.B_proj = Linear(config.d_model, inner_kv)
+        self.C_proj = Linear(config.d_model, self.inner)
+        self.in_proj_z = Linear(config.d_model, self.inner)
+        self.dt_proj_down = Linear(config.d_model, config.dt_rank)
         self.dt_proj = nn.Linear(config.dt_rank, self.inner)
         self.conv1d = nn.Conv1d(self.inner, self.inner, config.d_conv, groups=self.inner)
         self.A_log = nn.Parameter(torch.arange(1.0, self.d_state + 1).log().repeat(self.inner, 1))
         self.D = nn.Parameter(torch.ones(self.inner))
-        self.out_proj = nn.Linear(self.inner, config.d_model, bias=False)
+        self.out_proj = Linear(self.inner, config.d_model)
 
     def reset_parameters(self):
         """dt starts log-uniform in [0.001, 0.1] (Gu & Dao 2023, 3.6): b is its inverse softplus."""
@@ -197,8 +189,7 @@ class Mamba(nn.Module):
 
     def repeat(self, v):
         """(B, L, K P) -> (B, L, H P): groups of N channels, each repeated consecutively."""
-        groups = v.unflatten(-1, (-1, self.d_state))
-        return groups.repeat_interleave(self.repeats, dim=-2).flatten(-2)
+        return v.unflatten(-1, (-1, self.d_state)).repeat_interleave(self.repeats, -2).flatten(-2)
 
     def forward(self, u, rope, cache=None, reads=None):  # u (B, L, d_model); no use for rope
         x, z = self.repeat(self.in_proj_x(u)), self.in_proj_z(u)  # (B, L, D)
@@ -214,7 +205,7 @@ class Mamba(nn.Module):
             y = kernels.selective_step(cache["h"], x, dt, A, B, C, z=z, **rest)[:, None]
         else:
             y, h = kernels.selective_scan(x, dt, A, B, C, z=z, h0=cache and cache["h"], **rest)
-            keep(cache, h=h)
+            keep(cache, h)
         return self.out_proj(y)  # (B, L, D) -> (B, L, d_model)
 
 
@@ -238,12 +229,12 @@ class Mamba2(nn.Module):
         inner, states = config.n_heads * config.head_dim, config.n_heads * self.d_state
         self.sizes = [inner, states, states, inner, config.n_heads]  # rows x, B, C, z, a of W_in
         self.mixed = inner + 2 * states  # channels of the convolution
-        self.in_proj = nn.Linear(config.d_model, sum(self.sizes), bias=False)
+        self.in_proj = Linear(config.d_model, sum(self.sizes))
         self.z_bias = nn.Parameter(torch.zeros(inner))
         self.A_log_bias = nn.Parameter(torch.zeros(config.n_heads))
         self.conv1d = nn.Conv1d(self.mixed, self.mixed, config.d_conv, groups=self.mixed)
         self.D = nn.Parameter(torch.ones(config.n_heads))
-        self.out_proj = nn.Linear(inner, config.d_model, bias=False)
+        self.out_proj = Linear(inner, config.d_model)
 
     def init_cache(self, batch, max_length, like, state_dtype):
         shape = batch, self.n_heads, self.sizes[0] // self.n_heads, self.d_state  # (B, H, P, N)
@@ -269,7 +260,7 @@ class Mamba2(nn.Module):
         else:
             y, h = kernels.ssd(x, log_decay, B, C, h0=cache and cache["h"],
                                chunk=64 if u.is_cuda else 32)  # (B, L, H, P)
-            keep(cache, h=h)
+            keep(cache, h)
         y = (y + self.D[:, None].to(y.dtype) * x).flatten(2)  # (B, L, D)
         return self.out_proj(self.gate(y, z))
 
@@ -320,7 +311,7 @@ class LM(nn.Module):
         self.model.layers = nn.ModuleList(Block(config, mixer) for mixer in config.mixers)
         self.model.norm = RMSNorm(config.d_model, config.norm_eps)
         if not config.tie_embeddings:
-            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.d_model, config.vocab_size)
         if self.device.type != "meta":
             self.apply(self.reset_parameters)
 
@@ -420,9 +411,8 @@ def student_from(teacher, mixers, d_state=None, transfer=True):
     transfer=False leaves these random. ValueError for a layer that cannot be made from its
     teacher's.
     """
-    config = dataclasses.replace(teacher.config, mixers=list(mixers),
-                                 d_state=d_state or teacher.config.d_state)
-    student = LM(config)
+    student = LM(dataclasses.replace(teacher.config, mixers=mixers,
+                                     d_state=d_state or teacher.config.d_state))
     try:
         student.load_state_dict(teacher.state_dict(), strict=False)  # all that has the same name
     except RuntimeError:
@@ -455,8 +445,7 @@ def mamba2_from_attention(mamba2, attention, transfer):
     """
     def repeat(weight):  # (K P, d) -> (H P, d): kv heads for the query heads that share them
         heads = weight.unflatten(0, (-1, attention.head_dim))
-        repeats = attention.n_heads // attention.n_kv_heads
-        return heads.repeat_interleave(repeats, dim=0).flatten(0, 1)
+        return heads.repeat_interleave(attention.n_heads // attention.n_kv_heads, 0).flatten(0, 1)
 
     x, B, C, z, a = mamba2.in_proj.weight.split(mamba2.sizes)
     if transfer:
@@ -465,12 +454,10 @@ def mamba2_from_attention(mamba2, attention, transfer):
     if transfer and mamba2.d_state == attention.head_dim:  # else q and k have no place
         B.copy_(repeat(attention.k_proj.weight))
         C.copy_(attention.q_proj.weight)
-    z.zero_()
-    a.zero_()
+    for tensor in z, a, mamba2.D:
+        tensor.zero_()
     mamba2.z_bias.fill_(UNIT_GATE)
-    memories = torch.linspace(LONGEST_MEMORY, SHORTEST_MEMORY, mamba2.n_heads)
-    mamba2.A_log_bias.copy_(memories)
-    mamba2.D.zero_()
+    mamba2.A_log_bias.copy_(torch.linspace(LONGEST_MEMORY, SHORTEST_MEMORY, mamba2.n_heads))
     identity_convolution(mamba2.conv1d)
     # keeps C . B of order 1, as softmax does; with taps of 1 the loss starts 1,000 times larger
     mamba2.conv1d.weight[mamba2.sizes[0]:, :, -1] = 1 / attention.head_dim
@@ -574,8 +561,7 @@ class CacheReads:
             longest = int(self.lengths[rows].max())
             columns = torch.arange(longest, device=self.lengths.device)
             later = columns > self.positions[rows, None, :, None]  # (rows, 1, L, columns)
-            mask = torch.zeros(later.shape, dtype=self.dtype, device=later.device)
-            groups.append((rows, longest, mask.masked_fill_(later, float("-inf"))))
+            groups.append((rows, longest, torch.where(later, -torch.inf, 0.0).to(self.dtype)))
         return groups
 
 
@@ -587,14 +573,13 @@ def attend_to_cache(q, k, v, cache, reads):
     values[reads.rows, :, reads.columns] = v.transpose(1, 2)[reads.real]
     if q.is_cuda and reads.is_step:
         return decode_kernels.decode_attention(q[:, :, 0], keys, values, reads.lengths)[:, :, None]
-    batch, heads, length, _ = q.shape
-    group = heads // keys.shape[1]
+    shape, group = q.shape, q.shape[1] // keys.shape[1]
     q = q.unflatten(1, (-1, group)).flatten(2, 3)  # (B, K, H/K L, P)
     y = torch.cat([F.scaled_dot_product_attention(
         q[rows], keys[rows, :, :longest], values[rows, :, :longest],
-        attn_mask=mask if length == 1 else mask.repeat(1, 1, group, 1))
+        attn_mask=mask if shape[2] == 1 else mask.repeat(1, 1, group, 1))
         for rows, longest, mask in reads.groups])  # (B, K, H/K L, P)
-    return y.view(batch, heads, length, -1)
+    return y.view(shape)
 
 
 def convolve(conv, x, cache, reads):
@@ -605,7 +590,7 @@ def convolve(conv, x, cache, reads):
     if reads.is_step:
         return kernels.causal_conv_step(cache["past"], x[:, 0], conv.weight, conv.bias)[:, None]
     y, past = kernels.causal_conv(x, conv.weight, conv.bias, cache["past"], reads.counts)
-    keep(cache, past=past)
+    cache["past"].copy_(past)
     return y
 
 
@@ -616,10 +601,10 @@ def masked(x, reads, value):
     return x.masked_fill(~reads.valid.view(*x.shape[:2], *[1] * (x.dim() - 2)), value)
 
 
-def keep(cache, **tensors):
-    """Write tensors into a cache, if there is one."""
-    for name, tensor in tensors.items() if cache is not None else ():
-        cache[name].copy_(tensor)
+def keep(cache, h):
+    """Write h into a cache, if there is one."""
+    if cache is not None:
+        cache["h"].copy_(h)
 
 
 def weight_dtype(lm, name, dtype):
