@@ -6,27 +6,26 @@ no plain number goes through math-verify's grammar (latex2sympy2_extended) into 
 verify() rounds at 6 decimals, takes X for x and ab for BA, and compares pairs, where a vote needs
 one form per answer.
 """
-import atexit
-import contextlib
 import functools
 import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import zlib
+from contextlib import suppress
 from fractions import Fraction
 from multiprocessing.connection import wait
+from subprocess import DEVNULL, PIPE, Popen
 
 LONGEST = 300  # characters of an answer that is read; longer ones are compared as they are
 CPU_SECONDS, MEMORY = 1, 4 << 30  # limits of reading one answer; the latter in bytes
 
 
 # ---- extraction
-SOMETHING = re.compile(r"\S")
-BRACES = re.compile(r"(\\f?box(?:ed)?\s*\{)|\\.|([{}])", re.DOTALL)  # \\. skips \{ and \}
+# of boxes that aren't empty, and others; \\. skips \{ and \}
+BRACES = re.compile(r"(\\f?box(?:ed)?\s*\{(?!\s*\}))|\\.|([{}])", re.DOTALL)
 JOINED = re.compile(r"(?=.*(?:and|or|,))(?:\W|\\text|\\q?quad|and|or)*", re.DOTALL)
 MARKER = re.compile(r"answer(?:\*\*)?\s*(?:is\b:?|:|(?=\$|\\[(\[]))(?:\*\*)?\s*\}?", re.IGNORECASE)
 SENTENCE_END = re.compile(r"\.\s|\n|,?\s(?:so|because|since|which|as)\b")
@@ -45,16 +44,16 @@ def boxed(text):
             opened.append(token)
         elif token[2] and opened:
             begin = opened.pop()
-            if begin[1] and SOMETHING.search(text, begin.end(), token.start()):
+            if begin[1]:
                 boxes.append((*begin.span(), *token.span()))
     if not boxes:
         rest = re.split(r"\\(?:boxed|fbox)\b", text)[-1].lstrip(" {}")
         return re.split(r"[\n$]", rest, maxsplit=1)[0].rstrip(" .") or None
     boxes.sort()
-    last = [boxes.pop()]
-    while boxes and JOINED.fullmatch(text, boxes[-1][3], last[-1][0]):
-        last.append(boxes.pop())
-    return ", ".join(text[begin:end] for _, begin, end, _ in reversed(last))
+    i = len(boxes) - 1
+    while i and JOINED.fullmatch(text, boxes[i - 1][3], boxes[i][0]):
+        i -= 1
+    return ", ".join(text[begin:end] for _, begin, end, _ in boxes[i:])
 
 
 def extract_answer(text):
@@ -80,13 +79,9 @@ def repeating(found):
     r"""0.1\overline{6} as a fraction: (16 - 1) / 90."""
     whole, start, period = found.groups()
     value = int(whole + start + period) - int(whole + start)
-    return rf"\frac{{{value}}}{{{(10 ** len(period) - 1) * 10 ** len(start)}}}"
+    return rf"\frac{{{value}}}{{{'9' * len(period) + '0' * len(start)}}}"
 
 
-# a unit: words after a space, or a short one after a digit; all up to the end or the next comma
-UNIT = (r"(?:(?:(?<=[\d)}])|(?<=\\pi)) +(?!and|or\b|[ap]m\b|sin|cos|tan|log|mod|choose)"
-        r"(?:[a-zA-Z]{2,}|[mgsh]\b)|(?<=\d)(?:[ckm]m|kg|ft|lb|m)\b)"
-        r"(?: *\^ *\{?\d\}?|(?! and | or )[a-zA-Z ./-])*(?=,|$)")
 # What people write for the same thing and the grammar does not know, replaced in this order.
 SPELLINGS = [(re.compile(pattern), new) for pattern, new in [
     ("[–—−]", "-"), ("∞", r"\\infty "), ("∈", r"\\in "), ("≈", r"\\approx "), ("²", "^2"),
@@ -106,7 +101,10 @@ SPELLINGS = [(re.compile(pattern), new) for pattern, new in [
         dozen="12", hundred="10^2", thousand="10^3", million="10^6", billion="10^9").items()],
     (r"^ *([+-]?) *(?:[A-Z]{3}|US|Rs\.?) *(?=[\d.])", r"\1"),
     (r"(?<![a-zA-Z\\])infinity\b", r"\\infty"), (r"(?<![a-zA-Z\\])pi(?![a-z])", r"\\pi"),
-    (UNIT, ""),
+    # a unit: words after a space, or a short one after a digit; up to the end or the next comma
+    (r"(?:(?:(?<=[\d)}])|(?<=\\pi)) +(?!and|or\b|[ap]m\b|sin|cos|tan|log|mod|choose)"
+     r"(?:[a-zA-Z]{2,}|[mgsh]\b)|(?<=\d)(?:[ckm]m|kg|ft|lb|m)\b)"
+     r"(?: *\^ *\{?\d\}?|(?! and | or )[a-zA-Z ./-])*(?=,|$)", ""),
     (r"(?<![\d.^_}])(\d+) +(\d+) */ *(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),  # 3 1/2
     (r"(?<=\d),(?=(?:\d{3},)*0\d\d(?!\d))", ""),  # (1,000,2): no number begins with 000
     (r"^[ =]*(?:\\approx)? *|[ ,.;:?\\]+$", ""),
@@ -148,10 +146,10 @@ def relation(left, right, kind="Equality"):
 def form(tree):
     """A text for a sympy object, equal for equal ones."""
     if isinstance(tree, sympy.MatrixBase):
-        return f"{tree.shape}{[form(entry) for entry in tree.flat()]}"
+        return f"{tree.shape}{[*map(form, tree.flat())]}"
     if isinstance(tree, sympy.Expr):
         return scalar(tree)
-    if isinstance(tree, sympy.core.relational.Relational):
+    if isinstance(tree, sympy.Rel):
         return relation(tree.lhs, tree.rhs, type(tree).__name__)
     if isinstance(tree, sympy.FiniteSet):
         return listing(map(form, tree.args))
@@ -196,12 +194,12 @@ _child, _lock = None, threading.Lock()
 
 
 def serve(cpu_seconds):
-    """Read texts and write their readings, in lines of JSON."""
+    """Read texts and write their readings, in lines of JSON, until the parent ends."""
     global sympy, grammar
     import resource
     import sympy
     from latex2sympy2_extended import latex2sympy2 as grammar
-    with contextlib.suppress(ValueError):  # macOS knows no such limit
+    with suppress(ValueError):  # macOS knows no such limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     answers, sys.stdout = sys.stdout, sys.stderr  # where others may print
     print('"ready"', file=answers, flush=True)
@@ -217,10 +215,8 @@ def serve(cpu_seconds):
 
 def start_child():
     """A process that runs serve() and is ready. ValueError if math-verify isn't installed."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", f"import verdict; verdict.serve({CPU_SECONDS})"],
-        cwd=os.path.dirname(__file__), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL)
+    child = Popen([sys.executable, "-c", f"import verdict; verdict.serve({CPU_SECONDS})"], text=True,
+                  cwd=os.path.dirname(__file__), stdin=PIPE, stdout=PIPE, stderr=DEVNULL)
     if receive(child, 100) != "ready":
         end_child(child)
         raise ValueError("math-verify, which reads LaTeX answers, does not start: "
@@ -230,7 +226,7 @@ def start_child():
 
 def receive(child, seconds):
     """The next message of a process; None if it ends or the time is over."""
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         return json.loads(child.stdout.readline()) if wait([child.stdout], seconds) else None
 
 
@@ -239,16 +235,13 @@ def end_child(child):
     child.communicate()  # closes the pipes
 
 
-atexit.register(lambda: _child and end_child(_child))
-
-
 def ask(text):
     """The readings of LaTeX by the process; [] if it can't tell within its limits, in two tries."""
     global _child
     with _lock:
         for _ in range(2):
             child, _child = _child or start_child(), None  # None if we are interrupted
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 print(json.dumps(text), file=child.stdin, flush=True)
             found = receive(child, 10 * CPU_SECONDS)
             if found is not None:
@@ -259,9 +252,6 @@ def ask(text):
 
 
 # ---- verdicts
-PRODUCT = re.compile(r"(?:[abcdf-hj-np-tv-z]{1,3}[ -]?)+")  # abc; words have other vowels than a
-
-
 @functools.lru_cache(maxsize=1 << 20)
 def readings(answer):
     """What an answer may mean, the most literal first: a list of texts, [] if it says nothing."""
@@ -289,7 +279,7 @@ def readings(answer):
     marked = "\\text" in answer
     if found and len(found[1]) == 1:
         return [found[1], found[1].lower()] if marked else [found[1]]
-    if found and (marked or not PRODUCT.fullmatch(found[1])):
+    if found and (marked or re.search("[eiouA-Z']", found[1])):  # else a product, like abc
         return [found[1].lower()]
     if re.search(r"(?<![_^\d])\d+ \d", text):  # the grammar would add 1 2 up
         return [text]
