@@ -161,9 +161,8 @@ def ahead(teacher, student, seed):
     means = np.nan_to_num(leads.mean(0), nan=-np.inf)  # nan before the student's first round
     edges = np.flatnonzero(np.diff([0, *(means > 1e-9), 0])).reshape(-1, 2)  # of stretches ahead
     best = means.argmax()
-    speeds = [teacher.when(value) / (student.when(value) or np.inf)  # no ratio to 0 seconds
-              for value in teacher.values.mean(0) if value > 0]
-    speeds = [speed for speed in speeds if speed > 0]  # to the values that both reach
+    speeds = [speed for value in teacher.values.mean(0) if value > 0  # no ratio to 0 seconds
+              if (speed := teacher.when(value) / (student.when(value) or np.inf)) > 0]
     return dict(budgets=moments[edges - [0, 1]].tolist(), seconds=float(moments[best]),
                 times_as_fast=[min(speeds), max(speeds)] if speeds else None,
                 **with_interval("best_lead", leads[:, best], seed))
@@ -248,9 +247,8 @@ def add_scores(found, path):
 
 def in_order(names):
     """Names in the order of tables and figures: teacher, pure, hybrid, others; then small ones."""
-    kinds = ("teacher", "pure", "hybrid")
-    return sorted(names, key=lambda name: (
-        name.endswith("-small"), *(not name.startswith(kind) for kind in kinds), name))
+    return sorted(names, key=lambda name: (name.endswith("-small"), *(
+        not name.startswith(kind) for kind in ("teacher", "pure", "hybrid")), name))
 
 
 def read_model(folder, scores, seed):
@@ -295,9 +293,10 @@ def main(argv=None):
     if not names:
         raise ValueError(f"no samples under {out}/: run python sample.py, or name another --out")
     judged = all((out / name / "scores.jsonl").exists() for name in names)
+    scores = args.scores or judged and "scores.jsonl"
     for name in names:
         models[name], coverage[name], accuracy[name], asked[name] = read_model(
-            out / name, args.scores or judged and "scores.jsonl", seed)
+            out / name, scores, seed)
         if asked[name] != asked[names[0]]:
             print(f"{name} was sampled on other problems than {names[0]}: not compared")
             del coverage[name], accuracy[name]

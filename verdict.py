@@ -215,8 +215,8 @@ def serve(cpu_seconds):
 
 def start_child():
     """A process that runs serve() and is ready. ValueError if math-verify isn't installed."""
-    child = Popen([sys.executable, "-c", f"import verdict; verdict.serve({CPU_SECONDS})"], text=True,
-                  cwd=os.path.dirname(__file__), stdin=PIPE, stdout=PIPE, stderr=DEVNULL)
+    child = Popen([sys.executable, "-c", f"import verdict; verdict.serve({CPU_SECONDS})"],
+                  cwd=os.path.dirname(__file__), text=True, stdin=PIPE, stdout=PIPE, stderr=DEVNULL)
     if receive(child, 100) != "ready":
         end_child(child)
         raise ValueError("math-verify, which reads LaTeX answers, does not start: "
