@@ -119,7 +119,6 @@ def parse_json(content, where, kind=dict):
 
 
 def read_json(path, kind=dict):
-    """The value in a JSON file, as parse_json."""
     return parse_json(Path(path).read_bytes(), path, kind)
 
 

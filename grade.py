@@ -11,7 +11,6 @@ Writes  out/results.json, for plot.py, and prints it as a table
 weighted with a judge's scores. A *round* is one sample of every problem.
 """
 import functools
-import itertools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -256,7 +255,9 @@ def read_model(folder, scores, seed):
     path = folder / "samples.jsonl"
     found, asked = read_records(path, question=str, gold=str, completion=str, num_tokens=int)
     problems = range(max(asked, default=0) + 1)
-    n = next(n for n in itertools.count() if any((p, n) not in found for p in problems))
+    n = 0
+    while all((p, n) in found for p in problems):
+        n += 1
     if not n:
         raise ValueError(f"{path} has no complete round, one sample of each problem: "
                          f"run python sample.py, with more --seconds")
@@ -293,10 +294,9 @@ def main(argv=None):
     if not names:
         raise ValueError(f"no samples under {out}/: run python sample.py, or name another --out")
     judged = all((out / name / "scores.jsonl").exists() for name in names)
-    scores = args.scores or judged and "scores.jsonl"
     for name in names:
         models[name], coverage[name], accuracy[name], asked[name] = read_model(
-            out / name, scores, seed)
+            out / name, args.scores or judged and "scores.jsonl", seed)
         if asked[name] != asked[names[0]]:
             print(f"{name} was sampled on other problems than {names[0]}: not compared")
             del coverage[name], accuracy[name]
