@@ -88,8 +88,8 @@ def number(least, most=10 ** 12, kind=int):
         try:
             value = kind(text)
         except ValueError:
-            words = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {words}") from None
+            whole = "whole " if kind is int else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number") from None
         if not least <= value <= most:  # refuses nan too
             raise argparse.ArgumentTypeError(f"{text} is out of range, {least:g} to {most:g}")
         return value
@@ -119,7 +119,6 @@ def parse_json(content, where, kind=dict):
 
 
 def read_json(path, kind=dict):
-    """The value in a JSON file, as parse_json."""
     return parse_json(Path(path).read_bytes(), path, kind)
 
 
@@ -131,8 +130,8 @@ FIELDS = {str: ("text", lambda v: type(v) is str), list: ("a list", lambda v: ty
 
 
 def check_fields(record, fields, where):
-    """ValueError unless a record has these fields, {name: kind}. A kind is a type of FIELDS, a pair
-    like its values, or the only value that is allowed beside null."""
+    """The record; ValueError unless it has these fields, {name: kind}. A kind is a type of FIELDS,
+    a pair like its values, or the only value that is allowed beside null."""
     for name, kind in fields.items():
         if not isinstance(kind, (type, tuple)):
             kind = json.dumps(kind), lambda v, only=kind: v in (None, only)
@@ -140,6 +139,7 @@ def check_fields(record, fields, where):
         if not fits(record.get(name)):
             found = f"is {json.dumps(record[name])[:40]}" if name in record else "is missing"
             raise ValueError(f"{where}: {name} {found}, expected {expected}")
+    return record
 
 
 def json_lines(path, torn=False):
@@ -151,12 +151,9 @@ def json_lines(path, torn=False):
             yield f"{path}, line {i}", parse_json(line, f"{path}, line {i}")
 
 
-def read_jsonl(path, fields=(), torn=False):
+def read_jsonl(path, fields={}, torn=False):
     """The dicts of json_lines in a list, each with these fields, as in check_fields."""
-    lines = list(json_lines(path, torn))
-    for where, record in lines:
-        check_fields(record, dict(fields), where)
-    return [record for _, record in lines]
+    return [check_fields(record, fields, where) for where, record in json_lines(path, torn)]
 
 
 def json_line(record):
@@ -168,24 +165,23 @@ def json_line(record):
 def replace_file(path, write):
     """Call write(temporary path), then rename: readers see the old file or the new one."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        Path(temporary).touch()
-        mode = os.stat(temporary).st_mode  # safetensors would leave 0600
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors would leave 0600
         write(temporary)
-        os.chmod(temporary, mode)
-        os.replace(temporary, path)
+        temporary.chmod(mode)
+        temporary.replace(path)
     except Exception as error:
         if type(error).__name__ not in ("RuntimeError", "SafetensorError"):
             raise
         raise OSError(f"{path} cannot be written, is the disk full? {first_line(error)}") from None
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_bytes(path, content):
-    """Replace a file by bytes."""
-    replace_file(path, lambda temporary: Path(temporary).write_bytes(content))
+    replace_file(path, lambda temporary: temporary.write_bytes(content))
 
 
 def write_json(path, value):
@@ -205,8 +201,7 @@ def same_settings(path, settings, begun):
     if not begun:
         return
     old, new = read_json(path), json.loads(json.dumps(settings))  # tuples become lists
-    old = old.get("settings", old)
-    check_fields(dict(settings=old), dict(settings=dict), path)
+    old = check_fields(dict(settings=old) | old, dict(settings=dict), path)["settings"]
     differ = [f"{name} = {old.get(name)!r} there, {new.get(name)!r} now"
               for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
     if differ:
@@ -234,11 +229,11 @@ def locked(folder):
 
 def find_models(out):
     """Folders of the finished checkpoints under `out`: the teacher first, then by name."""
-    models = [path.parent for path in sorted(Path(out).glob("*/config.json"))]
-    models = [str(model) for model in models if model.suffix != ".tmp"]
+    models = [path.parent for path in Path(out).glob("*/config.json")]
+    models = [(model.name != "teacher", str(model)) for model in models if model.suffix != ".tmp"]
     if not models:
         raise ValueError(f"no models under {out}/: run python distill.py first, or use --model")
-    return sorted(models, key=lambda model: Path(model).name != "teacher")
+    return [model for _, model in sorted(models)]
 
 
 # ---- task and device
@@ -278,6 +273,6 @@ def device_name(device):
     import torch
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
-    info = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
-    name = re.search(r"model name\s*: (.+)|$", info)[1] or os.uname().machine
-    return f"cpu ({name}, {torch.get_num_threads()} threads)"
+    info = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.+)|$", info.read_text() if info.exists() else "")[1]
+    return f"cpu ({name or os.uname().machine}, {torch.get_num_threads()} threads)"

@@ -11,7 +11,6 @@ Writes  out/results.json, for plot.py, and prints it as a table
 weighted with a judge's scores. A *round* is one sample of every problem.
 """
 import functools
-import itertools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -161,9 +160,8 @@ def ahead(teacher, student, seed):
     means = np.nan_to_num(leads.mean(0), nan=-np.inf)  # nan before the student's first round
     edges = np.flatnonzero(np.diff([0, *(means > 1e-9), 0])).reshape(-1, 2)  # of stretches ahead
     best = means.argmax()
-    speeds = [teacher.when(value) / (student.when(value) or np.inf)  # no ratio to 0 seconds
-              for value in teacher.values.mean(0) if value > 0]
-    speeds = [speed for speed in speeds if speed > 0]  # to the values that both reach
+    speeds = [speed for value in teacher.values.mean(0) if value > 0  # no ratio to 0 seconds
+              if (speed := teacher.when(value) / (student.when(value) or np.inf)) > 0]
     return dict(budgets=moments[edges - [0, 1]].tolist(), seconds=float(moments[best]),
                 times_as_fast=[min(speeds), max(speeds)] if speeds else None,
                 **with_interval("best_lead", leads[:, best], seed))
@@ -248,9 +246,8 @@ def add_scores(found, path):
 
 def in_order(names):
     """Names in the order of tables and figures: teacher, pure, hybrid, others; then small ones."""
-    kinds = ("teacher", "pure", "hybrid")
-    return sorted(names, key=lambda name: (
-        name.endswith("-small"), *(not name.startswith(kind) for kind in kinds), name))
+    return sorted(names, key=lambda name: (name.endswith("-small"), *(
+        not name.startswith(kind) for kind in ("teacher", "pure", "hybrid")), name))
 
 
 def read_model(folder, scores, seed):
@@ -258,7 +255,9 @@ def read_model(folder, scores, seed):
     path = folder / "samples.jsonl"
     found, asked = read_records(path, question=str, gold=str, completion=str, num_tokens=int)
     problems = range(max(asked, default=0) + 1)
-    n = next(n for n in itertools.count() if any((p, n) not in found for p in problems))
+    n = 0
+    while all((p, n) in found for p in problems):
+        n += 1
     if not n:
         raise ValueError(f"{path} has no complete round, one sample of each problem: "
                          f"run python sample.py, with more --seconds")

@@ -7,7 +7,6 @@ Writes  out/coverage.png, accuracy.png, front.png, results.md; training.png; mat
         (those whose sources are there)
 """
 import contextlib
-import functools
 import itertools
 import json
 from pathlib import Path
@@ -18,8 +17,7 @@ import matplotlib
 matplotlib.use("Agg")  # files only, no window
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.colors import LogNorm
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator
 
 from grade import SCORED, in_order, report
 
@@ -51,7 +49,7 @@ def log_axis(axis, label):
     low, high = axis.get_view_interval()
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
     axis.set_major_formatter("{x:g}")
-    axis.set_minor_locator(NullLocator())
+    axis.axes.minorticks_off()
     axis.set_label_text(label)
 
 
@@ -88,7 +86,7 @@ def draw_matrix(ax, matrix):
     ax.grid(False)
     ax.set(xticks=[], yticks=[])
     magnitude = np.where(np.tri(len(matrix)), np.maximum(np.abs(matrix), 1e-3), np.nan)
-    return ax.imshow(magnitude, norm=LogNorm(1e-3, 1), interpolation="nearest")
+    return ax.imshow(magnitude, norm="log", vmin=1e-3, vmax=1, interpolation="nearest")
 
 
 def draw_matrices(name, found):
@@ -103,10 +101,11 @@ def draw_matrices(name, found):
     grid = fig.add_gridspec(len(found["teacher"]), 3 + len(moments))
     big = fig.add_subplot(grid[:, :3])
     draw_matrix(big, found["teacher"][0])
-    places = range(0, len(found["tokens"]), -(-len(found["tokens"]) // 64))  # 64 are readable
-    tokens = [str(found["tokens"][i]).replace("\n", "\\n").replace("$", "\\$") for i in places]
+    tokens = [str(token).replace("\n", "\\n").replace("$", "\\$") for token in found["tokens"]]
+    step = -(-len(tokens) // 64)  # 64 are readable
     for axis, rotation in ((big.xaxis, 90), (big.yaxis, 0)):
-        axis.set_ticks(places, tokens, rotation=rotation, fontsize=min(7, 275 / len(places)))
+        axis.set_ticks(range(0, len(tokens), step), tokens[::step], rotation=rotation,
+                       fontsize=min(7, 275 / len(tokens[::step])))
     big.set_title("attention of head 1: which tokens read which")
     for row, attention in enumerate(found["teacher"]):
         for column, moment in enumerate(moments):
@@ -143,9 +142,8 @@ def draw_front(fronts, look):
 def draw_training(logs, look):
     """Loss against tokens: a panel per stage in the order of training, a line per model."""
     stages = list(dict.fromkeys(stage for log in logs.values() for stage in log))
-    size = max(2.75 * len(stages), 5), 3.4
-    fig, axes = plt.subplots(1, len(stages), figsize=size, squeeze=False)
-    for stage, ax in zip(stages, axes.flat):
+    fig = plt.figure(figsize=(max(2.75 * len(stages), 5), 3.4))
+    for stage, ax in zip(stages, fig.subplots(1, len(stages), squeeze=False).flat):
         for name, log in logs.items():
             if stage in log:
                 tokens, losses = np.transpose(log[stage])
@@ -183,8 +181,8 @@ def read_matrices(path):
     if not path.exists():
         return {}
     with written_by("distill.py", path), np.load(path) as file:  # no pickles, which can hold code
-        length, layer = len(file["tokens"]), int(file["layer"])
-        return dict(tokens=file["tokens"], layer=layer, **{
+        length = len(file["tokens"])
+        return dict(tokens=file["tokens"], layer=int(file["layer"]), **{
             moment: file[moment].astype(np.float64).reshape(-1, length, length)
             for moment in MOMENTS if moment in file or moment == "teacher"})
 
@@ -223,8 +221,8 @@ def main(argv=None):
             if isinstance(drawn, str):
                 write_bytes(args.out / name, drawn.encode())
             else:
-                write = functools.partial(drawn.savefig, format="png", dpi=args.dpi)
-                replace_file(args.out / name, write)
+                replace_file(args.out / name, lambda temporary: drawn.savefig(
+                    temporary, format="png", dpi=args.dpi))
                 plt.close(drawn)
             print(f"wrote {args.out / name}")
 

@@ -6,27 +6,26 @@ no plain number goes through math-verify's grammar (latex2sympy2_extended) into 
 verify() rounds at 6 decimals, takes X for x and ab for BA, and compares pairs, where a vote needs
 one form per answer.
 """
-import atexit
-import contextlib
 import functools
 import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import zlib
+from contextlib import suppress
 from fractions import Fraction
 from multiprocessing.connection import wait
+from subprocess import DEVNULL, PIPE, Popen
 
 LONGEST = 300  # characters of an answer that is read; longer ones are compared as they are
 CPU_SECONDS, MEMORY = 1, 4 << 30  # limits of reading one answer; the latter in bytes
 
 
 # ---- extraction
-BOX, SOMETHING = re.compile(r"\\f?box"), re.compile(r"\S")
-BRACES = re.compile(r"(\\f?box(?:ed)?\s*\{)|\\.|([{}])", re.DOTALL)  # \\. skips \{ and \}
+# of boxes that aren't empty, and others; \\. skips \{ and \}
+BRACES = re.compile(r"(\\f?box(?:ed)?\s*\{(?!\s*\}))|\\.|([{}])", re.DOTALL)
 JOINED = re.compile(r"(?=.*(?:and|or|,))(?:\W|\\text|\\q?quad|and|or)*", re.DOTALL)
 MARKER = re.compile(r"answer(?:\*\*)?\s*(?:is\b:?|:|(?=\$|\\[(\[]))(?:\*\*)?\s*\}?", re.IGNORECASE)
 SENTENCE_END = re.compile(r"\.\s|\n|,?\s(?:so|because|since|which|as)\b")
@@ -36,25 +35,25 @@ def boxed(text):
     r"""The inside of the last \boxed{...} or \fbox{...} with something in it, or of several that
     "and" joins; else of one that the end cuts off or that has no braces; else None. One pass.
     """
-    first = BOX.search(text)
+    first = re.search(r"\\f?box", text)
     if not first:
         return None
-    opened, boxes = [], []  # open braces; the two ends of complete boxes
+    opened, boxes = [], []  # open braces; the spans of both braces of complete boxes
     for token in BRACES.finditer(text, first.start()):
         if token[1] or token[2] == "{":
             opened.append(token)
         elif token[2] and opened:
             begin = opened.pop()
-            if begin[1] and SOMETHING.search(text, begin.end(), token.start()):
-                boxes.append((begin, token))
+            if begin[1]:
+                boxes.append((*begin.span(), *token.span()))
     if not boxes:
         rest = re.split(r"\\(?:boxed|fbox)\b", text)[-1].lstrip(" {}")
         return re.split(r"[\n$]", rest, maxsplit=1)[0].rstrip(" .") or None
-    boxes.sort(key=lambda box: box[0].start())
-    last = [boxes.pop()]
-    while boxes and JOINED.fullmatch(text, boxes[-1][1].end(), last[-1][0].start()):
-        last.append(boxes.pop())
-    return ", ".join(text[begin.end():end.start()] for begin, end in reversed(last))
+    boxes.sort()
+    i = len(boxes) - 1
+    while i and JOINED.fullmatch(text, boxes[i - 1][3], boxes[i][0]):
+        i -= 1
+    return ", ".join(text[begin:end] for _, begin, end, _ in boxes[i:])
 
 
 def extract_answer(text):
@@ -62,10 +61,9 @@ def extract_answer(text):
     in <answer>...</answer>, after the last ####, "answer is" or "Answer:", or in bold at the end.
     """
     found = boxed(text)
-    if found is None and "<answer>" in text:
-        found = text.rpartition("<answer>")[2].partition("</answer>")[0]
-    if found is None and "####" in text:
-        found = text.rpartition("####")[2].strip().partition("\n")[0]
+    for opening, closing in ("<answer>", "</answer>"), ("####", "\n"):
+        if found is None and opening in text:
+            found = text.rpartition(opening)[2].strip().partition(closing)[0]
     *before, after = MARKER.split(text if found is None else found)
     if before and found is not None:
         found = after.strip() or found  # \boxed{\text{The answer is } 5}
@@ -81,14 +79,9 @@ def repeating(found):
     r"""0.1\overline{6} as a fraction: (16 - 1) / 90."""
     whole, start, period = found.groups()
     value = int(whole + start + period) - int(whole + start)
-    return rf"\frac{{{value}}}{{{(10 ** len(period) - 1) * 10 ** len(start)}}}"
+    return rf"\frac{{{value}}}{{{'9' * len(period) + '0' * len(start)}}}"
 
 
-SCALES = dict(dozen="12", hundred="10^2", thousand="10^3", million="10^6", billion="10^9")
-# a unit: words after a space, or a short one after a digit; all up to the end or the next comma
-UNIT = (r"(?:(?:(?<=[\d)}])|(?<=\\pi)) +(?!and|or\b|[ap]m\b|sin|cos|tan|log|mod|choose)"
-        r"(?:[a-zA-Z]{2,}|[mgsh]\b)|(?<=\d)(?:[ckm]m|kg|ft|lb|m)\b)"
-        r"(?: *\^ *\{?\d\}?|(?! and | or )[a-zA-Z ./-])*(?=,|$)")
 # What people write for the same thing and the grammar does not know, replaced in this order.
 SPELLINGS = [(re.compile(pattern), new) for pattern, new in [
     ("[–—−]", "-"), ("∞", r"\\infty "), ("∈", r"\\in "), ("≈", r"\\approx "), ("²", "^2"),
@@ -104,10 +97,14 @@ SPELLINGS = [(re.compile(pattern), new) for pattern, new in [
     (r"(?<=\d)\^?\{? *(?:st|nd|rd|th) *\}?$", ""),  # 7^{\text{th}}
     (r"(\d+)\.(\d*)\\overline\{(\d+)\}", repeating),
     (r"(?<=\d)[eE]([+-]?\d+)\b", r"\\times 10^{\1}"),
-    *[(rf"(?<=\d) *\b{word}\b", rf"\\times {value}") for word, value in SCALES.items()],
+    *[(rf"(?<=\d) *\b{word}\b", rf"\\times {value}") for word, value in dict(
+        dozen="12", hundred="10^2", thousand="10^3", million="10^6", billion="10^9").items()],
     (r"^ *([+-]?) *(?:[A-Z]{3}|US|Rs\.?) *(?=[\d.])", r"\1"),
     (r"(?<![a-zA-Z\\])infinity\b", r"\\infty"), (r"(?<![a-zA-Z\\])pi(?![a-z])", r"\\pi"),
-    (UNIT, ""),
+    # a unit: words after a space, or a short one after a digit; up to the end or the next comma
+    (r"(?:(?:(?<=[\d)}])|(?<=\\pi)) +(?!and|or\b|[ap]m\b|sin|cos|tan|log|mod|choose)"
+     r"(?:[a-zA-Z]{2,}|[mgsh]\b)|(?<=\d)(?:[ckm]m|kg|ft|lb|m)\b)"
+     r"(?: *\^ *\{?\d\}?|(?! and | or )[a-zA-Z ./-])*(?=,|$)", ""),
     (r"(?<![\d.^_}])(\d+) +(\d+) */ *(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),  # 3 1/2
     (r"(?<=\d),(?=(?:\d{3},)*0\d\d(?!\d))", ""),  # (1,000,2): no number begins with 000
     (r"^[ =]*(?:\\approx)? *|[ ,.;:?\\]+$", ""),
@@ -136,8 +133,7 @@ def scalar(tree):
     tree = tree.xreplace(exact).doit()
     if tree.is_Symbol or tree.is_Rational:
         return str(tree)
-    points = (0, 1) if tree.free_symbols else (0,)
-    return " ".join(str(sympy.N(value_at(tree, k), 12)) for k in points)
+    return " ".join(str(sympy.N(value_at(tree, k), 12)) for k in range(1 + bool(tree.free_symbols)))
 
 
 def relation(left, right, kind="Equality"):
@@ -150,10 +146,10 @@ def relation(left, right, kind="Equality"):
 def form(tree):
     """A text for a sympy object, equal for equal ones."""
     if isinstance(tree, sympy.MatrixBase):
-        return f"{tree.shape}{[form(entry) for entry in tree.flat()]}"
+        return f"{tree.shape}{[*map(form, tree.flat())]}"
     if isinstance(tree, sympy.Expr):
         return scalar(tree)
-    if isinstance(tree, sympy.core.relational.Relational):
+    if isinstance(tree, sympy.Rel):
         return relation(tree.lhs, tree.rhs, type(tree).__name__)
     if isinstance(tree, sympy.FiniteSet):
         return listing(map(form, tree.args))
@@ -179,10 +175,9 @@ def named(tree):
 
 def expression_readings(text):
     """The readings of LaTeX: of `x = 5` also 5, of a list the tuple, of a number its roundings."""
-    latex = grammar.normalize_latex(
-        text, grammar.NormalizationConfig(malformed_operators=True, boxed="none"))
     name, value = named(grammar.latex2sympy(
-        latex, is_real=True, normalization_config=None,
+        text, is_real=True,
+        normalization_config=grammar.NormalizationConfig(malformed_operators=True, boxed="none"),
         conversion_config=grammar.ConversionConfig(lowercase_symbols=False)))
     found = [form(value)]
     if isinstance(value, grammar.FiniteSet):
@@ -199,12 +194,12 @@ _child, _lock = None, threading.Lock()
 
 
 def serve(cpu_seconds):
-    """Read texts and write their readings, in lines of JSON."""
+    """Read texts and write their readings, in lines of JSON, until the parent ends."""
     global sympy, grammar
     import resource
     import sympy
     from latex2sympy2_extended import latex2sympy2 as grammar
-    with contextlib.suppress(ValueError):  # macOS knows no such limit
+    with suppress(ValueError):  # macOS knows no such limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     answers, sys.stdout = sys.stdout, sys.stderr  # where others may print
     print('"ready"', file=answers, flush=True)
@@ -220,10 +215,8 @@ def serve(cpu_seconds):
 
 def start_child():
     """A process that runs serve() and is ready. ValueError if math-verify isn't installed."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", f"import verdict; verdict.serve({CPU_SECONDS})"],
-        cwd=os.path.dirname(__file__), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL)
+    child = Popen([sys.executable, "-c", f"import verdict; verdict.serve({CPU_SECONDS})"],
+                  cwd=os.path.dirname(__file__), text=True, stdin=PIPE, stdout=PIPE, stderr=DEVNULL)
     if receive(child, 100) != "ready":
         end_child(child)
         raise ValueError("math-verify, which reads LaTeX answers, does not start: "
@@ -233,7 +226,7 @@ def start_child():
 
 def receive(child, seconds):
     """The next message of a process; None if it ends or the time is over."""
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         return json.loads(child.stdout.readline()) if wait([child.stdout], seconds) else None
 
 
@@ -242,18 +235,14 @@ def end_child(child):
     child.communicate()  # closes the pipes
 
 
-atexit.register(lambda: _child and end_child(_child))
-
-
 def ask(text):
     """The readings of LaTeX by the process; [] if it can't tell within its limits, in two tries."""
     global _child
     with _lock:
         for _ in range(2):
             child, _child = _child or start_child(), None  # None if we are interrupted
-            with contextlib.suppress(OSError):
-                child.stdin.write(json.dumps(text).encode() + b"\n")
-                child.stdin.flush()
+            with suppress(OSError):
+                print(json.dumps(text), file=child.stdin, flush=True)
             found = receive(child, 10 * CPU_SECONDS)
             if found is not None:
                 _child = child
@@ -263,14 +252,6 @@ def ask(text):
 
 
 # ---- verdicts
-DECIMAL = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)")
-GROUPED = re.compile(r"[+-]?[1-9]\d{0,2}(?:[ ,]\d{3})+(?:\.\d*)?")  # 1,234.5
-TIME = re.compile(r"(\d{1,2}:\d\d)(?: ?([ap])\.? ?m)?", re.IGNORECASE)
-BASED = re.compile(r"\(?(-?[\dA-F.]+)\)?_\{?(\d+)\}?")  # 52_8
-WORDS = re.compile(r"\(?([A-Za-z]|[A-Za-z]{2,}(?:[' -][A-Za-z]+)*)\)?")
-PRODUCT = re.compile(r"(?:[abcdf-hj-np-tv-z]{1,3}[ -]?)+")  # abc; words have other vowels than a
-
-
 @functools.lru_cache(maxsize=1 << 20)
 def readings(answer):
     """What an answer may mean, the most literal first: a list of texts, [] if it says nothing."""
@@ -280,8 +261,9 @@ def readings(answer):
     text = text.strip()
     if not text or len(text) > LONGEST:
         return [text] if text else []
-    plain = re.sub("[ ,]", "", text) if GROUPED.fullmatch(text) else text
-    if DECIMAL.fullmatch(plain):
+    grouped = re.fullmatch(r"[+-]?[1-9]\d{0,2}([ ,]\d{3})+(\.\d*)?", text)  # 1,234.5
+    plain = re.sub("[ ,]", "", text) if grouped else text
+    if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", plain):
         value = str(Fraction(plain))
         pair = "," in text and not re.search("[ .]", text)  # 120,150 may be two numbers
         return [listing(text.split(",")), value] if pair else [value]
@@ -289,14 +271,15 @@ def readings(answer):
         value, *others = readings(text[:-1]) or [""]
         part = [str(Fraction(value) / 100)] if re.fullmatch(r"-?\d+(/\d+)?", value) else []
         return [value + "%", *part, value, *others]
-    if found := TIME.fullmatch(text):  # or a ratio
+    if found := re.fullmatch(r"(?i)(\d\d?:\d\d)(?: ?([ap])\.? ?m)?", text):  # time, or a ratio
         return [found[1] + found[2].lower(), found[1]] if found[2] else [found[1], *ask(text)]
-    if found := BASED.fullmatch(text):
+    if found := re.fullmatch(r"\(?(-?[\dA-F.]+)\)?_\{?(\d+)\}?", text):  # 52_8
         return [f"{found[1]}_{found[2]}", found[1]]
-    found, marked = WORDS.fullmatch(text), "\\text" in answer
+    found = re.fullmatch(r"\(?([A-Za-z]|[A-Za-z]{2,}([' -][A-Za-z]+)*)\)?", text)
+    marked = "\\text" in answer
     if found and len(found[1]) == 1:
         return [found[1], found[1].lower()] if marked else [found[1]]
-    if found and (marked or not PRODUCT.fullmatch(found[1])):
+    if found and (marked or re.search("[eiouA-Z']", found[1])):  # else a product, like abc
         return [found[1].lower()]
     if re.search(r"(?<![_^\d])\d+ \d", text):  # the grammar would add 1 2 up
         return [text]
@@ -315,11 +298,11 @@ def groups(answers):
     literal, possible, numbers = {}, {}, []  # {reading: group whose first answer has it}
     for answer in answers:
         found = readings(answer or "")
-        known = [possible[r] for r in found[:1] if r in possible]
-        known += [literal[r] for r in found if r in literal]
+        known = {*map(possible.get, found[:1]), *map(literal.get, found)} - {None}
         if found and not known:
-            known = [literal.setdefault(found[0], len(literal))]
+            known = {len(literal)}
             for reading in found:
-                possible.setdefault(reading, known[0])  # the earlier group wins
+                possible.setdefault(reading, len(literal))  # the earlier group wins
+            literal[found[0]] = len(literal)
         numbers.append(min(known, default=-1))
     return numbers

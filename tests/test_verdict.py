@@ -97,7 +97,8 @@ def test_plain_answers_never_reach_the_process(fresh, monkeypatch):
 
 
 @pytest.mark.parametrize("answer", [
-    "9**9**9**9", "10^{10^{10}}", "(10^9)!", "\\frac{1}{" * 28 + "2" + "}" * 28, "{" * 290])
+    "9**9**9**9", "10^{10^{10}}", "(10^9)!", "\\frac{1}{" * 28 + "2" + "}" * 28, "{" * 290,
+    "b" * 290 + "e"])  # for a pattern that backtracks
 def test_hostile_answers_end_quietly_and_the_next_one_is_graded(answer, fresh, monkeypatch, capfd):
     """sympy would compute some for ever. By the wall a try may take ten times its CPU limit."""
     monkeypatch.setattr(verdict, "CPU_SECONDS", 0.2)
