@@ -23,7 +23,6 @@ from common import check_fields, first_line, read_json, replace_file, write_json
 
 
 def require(condition, complaint):
-    """ValueError(complaint) unless the condition holds."""
     if not condition:
         raise ValueError(complaint)
 
@@ -57,13 +56,13 @@ def download(path_or_repo, *patterns):
 
 
 def tokenizer_folder(path_or_repo):
-    """The folder of a tokenizer and its chat template, downloaded if need be."""
+    """The folder of a tokenizer and its chat template."""
     return download(path_or_repo, "tokenizer*", "original/tokenizer.model", "chat_template.jinja",
                     "config.json", "generation_config.json")
 
 
 def checkpoint_folder(path_or_repo):
-    """The folder of a checkpoint, downloaded if need be; .bin only if there is nothing else."""
+    """The folder of a checkpoint; .bin only if there is nothing else."""
     folder = download(path_or_repo, "*.json", "model.safetensors")
     shards = [path.name for path in weight_files(folder)]
     return download(path_or_repo, "*.json", *shards or ["pytorch_model.bin"])
@@ -137,7 +136,8 @@ def llama_fields(values):
 
 def llamba_as_llama(values):
     """A Llamba's config.json (modeling_llamba.py of cartesia-ai/edge) with a Llama's keys."""
-    parts, heads = values["mlp_cfg"] | values["ssm_cfg"], values["ssm_cfg"]["n_v_heads"]
+    parts = values["mlp_cfg"] | values["ssm_cfg"]
+    heads = parts["n_v_heads"]
     check_fields(parts, dict(act_fn="silu", activation="identity", n_qk_heads=heads), "config.json")
     return parts | values | dict(
         model_type="llama", hidden_size=values["d_model"], num_hidden_layers=values["n_layer"],
@@ -154,8 +154,9 @@ def mamba_fields(llama, mamba):
     known = "expand d_state d_conv dt_rank ngroups repeat_kv_before_conv chunk_size"
     require(ssm.keys() <= {*known.split()}, f"ssm_cfg has {', '.join(ssm)}, supported: {known}")
     require({*attention} <= {*layers}, f"attn_layers = {attention} of {len(layers)} layers")
-    mixer = "mamba2_step" if "ngroups" in ssm else "mamba"
-    if mixer == "mamba2_step":
+    mixer = "mamba"
+    if "ngroups" in ssm:
+        mixer = "mamba2_step"
         check_fields(ssm, dict(ngroups=heads, d_state=fields["head_dim"]), "ssm_cfg")
     return fields | dict(mixers=["attention" if i in attention else mixer for i in layers])
 
@@ -170,7 +171,9 @@ def read_layout(folder):
         values, released = read_json(path), optional_json(folder, "mamba_config.json")
         is_llamba = values.get("model_type") == "llamba"
         fields = llama_fields(llamba_as_llama(values) if is_llamba else values)
-        stored, layers = stored_names(folder), fields["n_layers"]
+        layers, files = fields["n_layers"], weight_files(folder)
+        stored = {name: file for file in files or [path.with_name("model.safetensors")]
+                  for name in map_file(file)}
         require(layers <= len(stored),
                 f"config.json: num_hidden_layers is {layers}, but there are {len(stored)} tensors")
         if is_llamba:
@@ -205,17 +208,11 @@ def map_file(path, names=None):
             return {name: file.get_tensor(name) for name in names if name != "__metadata__"}
 
 
-def stored_names(folder):
-    """{name: path of its file} of the tensors in a folder."""
-    paths = weight_files(folder) or [Path(folder, "model.safetensors")]
-    return {name: path for path in paths for name in map_file(path)}
-
-
 def llamba_tensors(name, tensor, fields, shapes):
     """{our name: tensor} of a tensor of a Llamba, whose decays have no bias: zeros."""
     name = name.replace("backbone.", "model.").replace(".embedding.", ".embed_tokens.")
     name = name.replace(".final_layernorm.", ".norm.").replace(".mixer.", ".mamba2.")
-    bias = {name[:-1] + "A_log_bias": tensor.new_zeros(len(tensor))} if name.endswith(".D") else {}
+    bias = {name[:-1] + "A_log_bias": torch.zeros_like(tensor)} if name.endswith(".D") else {}
     return {name: tensor} | bias
 
 
@@ -227,39 +224,31 @@ FUSED = {  # M1 has one product for several of ours, from top to bottom
 
 def mamba_in_llama_tensors(name, tensor, fields, shapes):
     """{our name: tensor} of a tensor of a MambaInLlama or M1 student."""
-    layer, key = re.fullmatch(r"(model\.layers\.\d+\.|)(.+)", name).groups()
     inner, kv = (fields[heads] * fields["head_dim"] for heads in ("n_heads", "n_kv_heads"))
-    if key.startswith("mamba.") and "mamba2_step" in fields["mixers"]:
-        ours = name.replace(".mamba.", ".mamba2.").replace("dt_bias", "A_log_bias")
-        bias = {layer + "mamba2.z_bias": tensor.new_zeros(inner)} if ".norm." in key else {}
-        return {ours: mamba2_rows(key, tensor, inner, kv, fields)} | bias
-    if whole := FUSED.get(key.removesuffix(".weight")):
-        names = [f"{layer}{ours}.weight" for ours in whole.split()]
-        return dict(zip(names, tensor.split([shapes[ours][0] for ours in names])))
-    if key == "mamba.dt_proj.bias":  # their dt_proj adds it, and their scan adds it again
+
+    def repeated(groups, size=fields["head_dim"]):
+        """[k1, k2] -> [k1, k1, k2, k2], each of `size` rows: a kv head for its query heads."""
+        return groups.unflatten(0, (-1, size)).repeat_interleave(inner // kv, dim=0).flatten(0, 1)
+
+    if ".mamba." in name and "mamba2_step" in fields["mixers"]:
+        name = name.replace(".mamba.", ".mamba2.").replace("dt_bias", "A_log_bias")
+        if ".in_proj." in name:  # z | x | B | C | dt become x | B | C | z | a
+            z, x, B, C, a = tensor.split([inner, kv, kv, inner, fields["n_heads"]])
+            tensor = torch.cat([repeated(x), repeated(B), C, z, a])
+        if ".conv1d." in name and len(tensor) < 3 * inner:  # it runs before kv heads are repeated
+            x, B, C = tensor.split([kv, kv, inner])
+            tensor = torch.cat([repeated(x), repeated(B), C])
+        bias = {name.replace("norm.weight", "z_bias"): torch.zeros_like(tensor)}
+        return {name: tensor} | (bias if ".norm." in name else {})
+    for whole, parts in FUSED.items():
+        if name.endswith(f".{whole}.weight"):
+            names = [name.replace(whole, part) for part in parts.split()]
+            return dict(zip(names, tensor.split([shapes[ours][0] for ours in names])))
+    if name.endswith(".mamba.dt_proj.bias"):  # their dt_proj adds it, and their scan adds it again
         tensor = 2 * tensor
-    if key.startswith("mamba.conv1d.") and len(tensor) == kv:  # it runs before kv repeat
-        tensor = repeat_groups(tensor, 16, inner // kv)
+    if ".mamba.conv1d." in name and len(tensor) == kv:  # it runs before kv repeat
+        tensor = repeated(tensor, 16)
     return {name: tensor}
-
-
-def mamba2_rows(key, tensor, inner, kv, fields):
-    """Rows z | x | B | C | dt of in_proj become x | B | C | z | a, the kv heads of x and B repeated
-    for the query heads; likewise x | B | C of a conv1d that runs before they are repeated."""
-    z = a = tensor[:0]
-    if key == "mamba.in_proj.weight":
-        z, x, B, C, a = tensor.split([inner, kv, kv, inner, fields["n_heads"]])
-    elif ".conv1d." in key and len(tensor) < 3 * inner:
-        x, B, C = tensor.split([kv, kv, inner])
-    else:
-        return tensor
-    x, B = (repeat_groups(part, fields["head_dim"], inner // kv) for part in (x, B))
-    return torch.cat([x, B, C, z, a])
-
-
-def repeat_groups(tensor, size, times):
-    """[k1, k2] -> [k1, k1, k2, k2], each of `size` rows."""
-    return tensor.unflatten(0, (-1, size)).repeat_interleave(times, dim=0).flatten(0, 1)
 
 
 def read_tensors(folder, shapes, cast):
@@ -280,8 +269,8 @@ def read_tensors(folder, shapes, cast):
                     require(part.shape == shapes.get(ours),
                             f"expected {shapes.get(ours, 'no such tensor')}")
                     tensors[ours] = cast(ours, part)
-                    extremes = torch.stack(tensors[ours].aminmax())
-                    require(extremes.isfinite().all(), "holds nan or infinity")
+                    extremes = tensors[ours].aminmax()
+                    require(all(map(torch.isfinite, extremes)), "holds nan or infinity")
         missing = ", ".join(sorted(shapes.keys() - tensors.keys()))
         require(not missing, f"missing tensors: {missing[:300]}")
     return tensors
@@ -291,10 +280,10 @@ def write_checkpoint(folder, fields, tensors):
     """Writes model.safetensors and, from the fields of Config, config.json. All attention, it loads
     in transformers' LlamaForCausalLM."""
     dtype = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
-    config = dict(architectures=["LlamaForCausalLM"]) | WRITTEN | dict(torch_dtype=dtype)
-    config |= {HF_KEYS[field]: value for field, value in fields.items()}
+    config = WRITTEN | dict(architectures=["LlamaForCausalLM"], torch_dtype=dtype) | {
+        HF_KEYS[field]: value for field, value in fields.items()}
     config["eos_token_id"] = config["eos_token_id"] or None
-    if config.get("rope_scaling"):
+    if config["rope_scaling"]:
         config["rope_scaling"] = dict(rope_type="llama3") | config["rope_scaling"]
     replace_file(Path(folder, "model.safetensors"),
                  lambda path: save_file(tensors, path, metadata=dict(format="pt")))
@@ -328,9 +317,10 @@ def read_tiktoken(path):
     return dict(pattern=LLAMA3_PATTERN, ranks=[token for token, _ in lines], special=special)
 
 
-PLAIN = [byte for byte in range(33, 256) if chr(byte).isprintable()]
-BYTE_OF = dict(zip(map(chr, PLAIN), PLAIN)) | {  # a tokenizer.json's character for each byte
-    chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - {*PLAIN}))}
+OTHERS = itertools.count(256)
+BYTE_OF = {  # by its character in a tokenizer.json: itself, if it leaves ink
+    chr(byte if byte > 32 and chr(byte).isprintable() else next(OTHERS)): byte
+    for byte in range(256)}
 
 
 def read_byte_bpe(path):
@@ -346,8 +336,8 @@ def read_byte_bpe(path):
         added_tokens=list, pre_tokenizer=dict, vocab=dict, merges=list, normalizer=None, type="BPE",
         dropout=0, byte_fallback=False, end_of_word_suffix=""), path.name)
     steps = splits.get("pretokenizers", [splits])
-    pattern = next((pattern for known, pattern in PRE_TOKENIZERS if known == steps), None)
-    require(pattern, f"its pre-tokenizer, {steps}, is neither GPT-2's nor SmolLM2's nor Llama 3's")
+    patterns = [pattern for known, pattern in PRE_TOKENIZERS if known == steps]
+    require(patterns, f"its pre-tokenizer, {steps}, is neither GPT-2's nor SmolLM2's nor Llama 3's")
     require(all(token["special"] for token in added), "it has added tokens that are not special")
     special = {token["content"]: token["id"] for token in added}
     vocab = {token: rank for token, rank in model["vocab"].items() if token not in special}
@@ -356,27 +346,25 @@ def read_byte_bpe(path):
             f"its {len(ids):,} ids, {min(ids)} to {max(ids)}, are not one for each token")
     made = [vocab.get("".join(merge).replace(" ", ""), -1) for merge in model["merges"]]
     longer = {rank for token, rank in vocab.items() if len(token) > 1}
-    complete = longer == {*made} or model.get("ignore_merges")
-    require(longer and complete and -1 not in made and made == sorted(made),
+    require(longer and -1 not in made and made == sorted(made)
+            and (longer == {*made} or model.get("ignore_merges")),
             "its merges do not make its tokens in the order of the ids")
     ranks = {rank: base64.b64encode(bytes(BYTE_OF[c] for c in token)).decode()
              for token, rank in vocab.items()}
-    return dict(pattern=pattern, special=special,
+    return dict(pattern=patterns[0], special=special,
                 ranks=[ranks.get(rank) for rank in range(max(ranks) + 1)])
 
 
-START, HEADER = "<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n"
-USER, ANSWER = HEADER.format("user"), "<|eot_id|>" + HEADER.format("assistant")
-LLAMA3_SYSTEM = HEADER.format("system") + (
-    "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>")
+START, HEADER = "<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n".format
+USER, ANSWER = HEADER("user"), "<|eot_id|>" + HEADER("assistant")
 SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 CHATS = (  # words of a chat template, and what it puts before and after a question
-    ("Cutting Knowledge Date", START + LLAMA3_SYSTEM + USER, ANSWER),
+    ("Cutting Knowledge Date", START + HEADER("system") + "Cutting Knowledge Date: December 2023\n"
+     "Today Date: 26 Jul 2024\n\n<|eot_id|>" + USER, ANSWER),
     ("<|start_header_id|>", START + USER, ANSWER),
     (SMOLLM2_SYSTEM, f"<|im_start|>system\n{SMOLLM2_SYSTEM}<|im_end|>\n<|im_start|>user\n",
      "<|im_end|>\n<|im_start|>assistant\n"),
     ("no template", "", "\n"))  # a base model's
-NO_TEMPLATE = "Cutting Knowledge Date, or no template"  # with Llama 3's vocabulary it is Instruct's
 
 
 def chat_of(folder, special):
@@ -386,9 +374,10 @@ def chat_of(folder, special):
     template = path.read_text("utf-8") if path.is_file() else optional_json(
         folder, "tokenizer_config.json").get("chat_template")
     for words, *chat in CHATS:
-        chat = [[part for part in re.split(r"(<\|\w+\|>)", text) if part] for text in chat]
+        chat = [[*filter(None, re.split(r"(<\|\w+\|>)", text))] for text in chat]
         known = all(part in special for part in sum(chat, []) if part[:2] == "<|")
-        if known and words in str(template or NO_TEMPLATE):  # a list if there are several
+        # several are a list; without one, Llama 3's vocabulary is Instruct's
+        if known and words in str(template or "Cutting Knowledge Date, or no template"):
             return chat
     raise ValueError("its chat template is neither Llama 3's nor SmolLM2's")
 
@@ -408,8 +397,7 @@ def read_tokenizer(folder):
         ids = eos_list(optional_json(folder, "config.json")
                        | optional_json(folder, "generation_config.json"))
         names = {token: name for name, token in special.items()}
-        require(all(i in special.values() for i in ids),
-                f"its eos_token_id, {ids}, is not of special tokens")
+        require({*ids} <= {*names}, f"its eos_token_id, {ids}, is not of special tokens")
         ends = [after[0], "<|end_of_text|>", "<|endoftext|>", "<|eom_id|>", *map(names.get, ids)]
         eos = list(dict.fromkeys(end for end in ends if end in special))
         return found | dict(chat=[before, after], trim=after[0] == "<|eot_id|>", eos=eos)
