@@ -21,7 +21,6 @@ from hub import HUB, naming, require
 
 @dataclass(frozen=True)
 class Problem:
-    """A question with its gold answer."""
     id: str
     question: str
     answer: str  # the gold answer, for grading
@@ -208,8 +207,8 @@ def hub_problems(task, split):
     name, *rows = re.fullmatch(r"(\w+)(?:\[(\d+):(\d+)\])?|.*", task, re.S).groups()
     require(name in HUB, f"unknown task {task!r}: choose {', '.join([*BUILT_IN, *HUB])}, "
                          f"openmath2[1000:2000] or a .jsonl file")
-    most = 50_000 if name == "openmath2" else None  # of 14 million
-    first, end = map(int, rows) if rows[0] else (0, most)
+    # of openmath2 not all 14 million
+    first, end = map(int, rows) if rows[0] else (0, 50_000 if name == "openmath2" else None)
     return [problem_from(row, f"{split}/{i}", f"{name}, row {i}")
             for i, row in enumerate(hub.dataset_rows(name, split, first, end), first)]
 
