@@ -8,7 +8,7 @@ Writes out/<name>/scores.jsonl, a record per completion, and scores.json, the se
 goes on where a run stopped. torchrun shares the work.
 
 Reading is far cheaper than writing token by token: a slow teacher can judge what a fast student
-wrote. A process reward model (Lightman et al. 2023) judges every step.
+wrote.
 """
 import math
 import time
@@ -59,7 +59,7 @@ class Likelihood:
 
 
 class Process:
-    """The probability of "+" against "-" after each step."""
+    """The probability of "+" against "-" after each step (Lightman et al. 2023)."""
 
     def __init__(self, lm, tokenizer):
         self.lm, self.tokenizer = lm, tokenizer
@@ -83,8 +83,7 @@ class Process:
         return Text(record, ids, positions)
 
     def judge(self, x, text):
-        """p of each step, for the hidden states x (L, d_model) of a text. In float32: bfloat16
-        rounds logits of 16 to 32 to multiples of 1/8."""
+        """p of each step. In float32: bfloat16 rounds logits of 16 to 32 to multiples of 1/8."""
         logits = F.linear(self.lm.model.norm(x[text.positions]).float(), self.rows)  # (steps, 2)
         return logits.softmax(-1)[:, 0].tolist()
 
