@@ -180,14 +180,14 @@ def read_layout(folder):
             return fields | dict(mixers=["mamba2"] * layers), stored, llamba_tensors
         if "mixers" in fields or not released:  # ours, maybe saved over a release
             return fields, stored, lambda name, tensor, *_: {name: tensor}
-        if any(".mha." in name for name in stored):
+        if ".mha." in " ".join(stored):
             fields["rope_scaling"] = None  # M1 was trained without that of its base
         return mamba_fields(fields, released), stored, mamba_in_llama_tensors
 
 
 def read_config(folder):
     """Fields of model.Config in a folder's config.json, without those that it leaves open.
-    FileNotFoundError if there is none, ValueError naming what is not supported."""
+    FileNotFoundError if there is none, ValueError names what is not supported."""
     return read_layout(folder)[0]
 
 
@@ -254,8 +254,8 @@ def mamba_in_llama_tensors(name, tensor, fields, shapes):
 def read_tensors(folder, shapes, cast):
     """{our name: cast(our name, tensor)} of a folder's weights, translated from whatever layout.
 
-    shapes: {our name: shape} of what the model needs: a tensor that is missing, extra, misshapen,
-    of integers or not finite is a ValueError naming it. `cast` copies: one is read at a time.
+    shapes: {our name: shape} of what the model needs; ValueError names a tensor that does not fit.
+    `cast` copies: one is read at a time.
     """
     (fields, stored, translate), tensors = read_layout(folder), {}
     if "lm_head.weight" not in shapes:  # tied: the embedding, but may be stored all the same
@@ -277,8 +277,7 @@ def read_tensors(folder, shapes, cast):
 
 
 def write_checkpoint(folder, fields, tensors):
-    """Writes model.safetensors and, from the fields of Config, config.json. All attention, it loads
-    in transformers' LlamaForCausalLM."""
+    """Writes model.safetensors and, from the fields of Config, config.json."""
     dtype = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
     config = WRITTEN | dict(architectures=["LlamaForCausalLM"], torch_dtype=dtype) | {
         HF_KEYS[field]: value for field, value in fields.items()}
@@ -368,8 +367,8 @@ CHATS = (  # words of a chat template, and what it puts before and after a quest
 
 
 def chat_of(folder, special):
-    """What comes before and after a question, each as a list of special tokens and texts, by the
-    folder's chat template, which is recognised, not run."""
+    """The special tokens and texts before and after a question, in a list each, by the folder's
+    chat template, which is recognised, not run."""
     path = Path(folder, "chat_template.jinja")
     template = path.read_text("utf-8") if path.is_file() else optional_json(
         folder, "tokenizer_config.json").get("chat_template")
@@ -383,9 +382,8 @@ def chat_of(folder, special):
 
 
 def read_tokenizer(folder):
-    """The definition of data.Tokenizer, {pattern, ranks, special, chat, trim, eos}, of a folder:
-    of Llama 3's tokenizer.model (Meta has it in original/), else of tokenizer.json.
-    FileNotFoundError if there is neither, ValueError if it cannot be used."""
+    """The definition of data.Tokenizer of a folder: of Llama 3's tokenizer.model (Meta has it in
+    original/), else of tokenizer.json. FileNotFoundError, ValueError if it cannot be used."""
     files = "tokenizer.model", "original/tokenizer.model", "tokenizer.json"
     path = next(filter(Path.is_file, (Path(folder, name) for name in files)), None)
     if path is None:
@@ -411,8 +409,7 @@ HUB = {  # task: (repository, configuration, splits)
 
 
 def dataset_rows(task, split, first=0, end=None):
-    """The rows of a task of HUB as dicts; with an end only those from first to end, streamed.
-    ValueError if there is no such split, no network, or no row."""
+    """The rows of a task of HUB as dicts; with an end only those from first to end, streamed."""
     repository, configuration, splits = HUB[task]
     require(split in splits, f"{task} has no {split} split: it has {' and '.join(splits)}")
     with naming(f"{repository} (without a network pass a .jsonl file instead of {task})"):
