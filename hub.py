@@ -171,9 +171,9 @@ def read_layout(folder):
         values, released = read_json(path), optional_json(folder, "mamba_config.json")
         is_llamba = values.get("model_type") == "llamba"
         fields = llama_fields(llamba_as_llama(values) if is_llamba else values)
-        layers, files = fields["n_layers"], weight_files(folder)
-        stored = {name: file for file in files or [path.with_name("model.safetensors")]
-                  for name in map_file(file)}
+        files = weight_files(folder) or [Path(folder, "model.safetensors")]
+        stored = {name: file for file in files for name in map_file(file)}
+        layers = fields["n_layers"]
         require(layers <= len(stored),
                 f"config.json: num_hidden_layers is {layers}, but there are {len(stored)} tensors")
         if is_llamba:
@@ -186,8 +186,7 @@ def read_layout(folder):
 
 
 def read_config(folder):
-    """Fields of model.Config in a folder's config.json, without those that it leaves open.
-    FileNotFoundError if there is none, ValueError names what is not supported."""
+    """Fields of model.Config in a folder's config.json, without those that it leaves open."""
     return read_layout(folder)[0]
 
 
@@ -227,17 +226,17 @@ def mamba_in_llama_tensors(name, tensor, fields, shapes):
     inner, kv = (fields[heads] * fields["head_dim"] for heads in ("n_heads", "n_kv_heads"))
 
     def repeated(groups, size=fields["head_dim"]):
-        """[k1, k2] -> [k1, k1, k2, k2], each of `size` rows: a kv head for its query heads."""
+        """[k1, k2] -> [k1, k1, k2, k2], each of `size` rows."""
         return groups.unflatten(0, (-1, size)).repeat_interleave(inner // kv, dim=0).flatten(0, 1)
 
     if ".mamba." in name and "mamba2_step" in fields["mixers"]:
         name = name.replace(".mamba.", ".mamba2.").replace("dt_bias", "A_log_bias")
         if ".in_proj." in name:  # z | x | B | C | dt become x | B | C | z | a
-            z, x, B, C, a = tensor.split([inner, kv, kv, inner, fields["n_heads"]])
-            tensor = torch.cat([repeated(x), repeated(B), C, z, a])
+            z, xB, C, a = tensor.split([inner, 2 * kv, inner, fields["n_heads"]])
+            tensor = torch.cat([repeated(xB), C, z, a])
         if ".conv1d." in name and len(tensor) < 3 * inner:  # it runs before kv heads are repeated
-            x, B, C = tensor.split([kv, kv, inner])
-            tensor = torch.cat([repeated(x), repeated(B), C])
+            xB, C = tensor.split([2 * kv, inner])
+            tensor = torch.cat([repeated(xB), C])
         bias = {name.replace("norm.weight", "z_bias"): torch.zeros_like(tensor)}
         return {name: tensor} | (bias if ".norm." in name else {})
     for whole, parts in FUSED.items():
@@ -246,7 +245,7 @@ def mamba_in_llama_tensors(name, tensor, fields, shapes):
             return dict(zip(names, tensor.split([shapes[ours][0] for ours in names])))
     if name.endswith(".mamba.dt_proj.bias"):  # their dt_proj adds it, and their scan adds it again
         tensor = 2 * tensor
-    if ".mamba.conv1d." in name and len(tensor) == kv:  # it runs before kv repeat
+    if ".mamba.conv1d." in name and len(tensor) == kv:
         tensor = repeated(tensor, 16)
     return {name: tensor}
 
