@@ -45,8 +45,8 @@ def optional_json(folder, name):
 
 # ---- folders
 def download(path_or_repo, *patterns):
-    """A folder as it is; of a repository "org/name", the folder with the files that match. Where
-    org is a folder, as in "out/pure", it is no repository."""
+    """A folder as it is; of a repository, the folder with the files that match. Where org is a
+    folder, as in "out/pure", "org/name" is no repository."""
     name = str(path_or_repo)
     if Path(name).parent.is_dir() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         return name
@@ -56,7 +56,6 @@ def download(path_or_repo, *patterns):
 
 
 def tokenizer_folder(path_or_repo):
-    """The folder of a tokenizer and its chat template."""
     return download(path_or_repo, "tokenizer*", "original/tokenizer.model", "chat_template.jinja",
                     "config.json", "generation_config.json")
 
@@ -324,9 +323,8 @@ BYTE_OF = {  # by its character in a tokenizer.json: itself, if it leaves ink
 def read_byte_bpe(path):
     """{pattern, ranks, special} of a tokenizer.json, if it is byte-level BPE as tiktoken does it.
 
-    tiktoken joins the neighbours that make the token of the lowest id: merges must come in the
-    order of the ids they make, and make all tokens. (With ignore_merges both take a piece that is a
-    token whole.)
+    tiktoken joins the neighbours that make the token of the lowest id: merges must make all tokens,
+    in the order of their ids. (With ignore_merges both take a piece that is a token whole.)
     """
     file = read_json(path)
     model, added, splits = file["model"], file["added_tokens"], file["pre_tokenizer"]

@@ -227,8 +227,7 @@ def llamba(tied=True, n=6):
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_released_llamba_computes_what_its_code_does(tmp_path, tied):
-    """Red if a name goes elsewhere, z_bias is dropped, or the decay bias, which Llamba lacks,
-    starts anywhere but at 0."""
+    """Red if a name goes elsewhere, z_bias is dropped, or the decay bias, not Llamba's, is not 0."""
     tensors, config = llamba(tied)
     folder = write(tmp_path / "x", tensors, config=config)
     ours = assert_same_model(folder, tensors, llamba_release, ".mixer.")
@@ -323,8 +322,7 @@ def test_what_we_write_loads_in_transformers_and_here(tmp_path):
     ("llama", NORM, [1.0] * (D + 1), rf"{NORM}, .*\(33,\).* expected \(32,\)"),
     ("llama", NORM, [1] * D, f"{NORM}, torch.int64"),
     ("llama", "model.lm_head.weight", [[1.0] * D] * 9, r"d.weight, .*\(9, 32\).* no such tensor")])
-def test_what_would_compute_something_else_is_refused_by_name(tmp_path, release, key, value,
-                                                              message):
+def test_what_would_compute_something_else_is_refused(tmp_path, release, key, value, message):
     """Red if a value is ignored that its authors' code would heed, or if a config is believed that
     the weights do not fit: a hundred thousand layers hung."""
     tensors, config = dict(llama=(random_weights([ATTENTION] * LAYERS), LLAMA), llamba=llamba(),
@@ -396,8 +394,7 @@ WEIGHTS, INDEX = ["model.safetensors", "pytorch_model.bin"], "model.safetensors.
             "3", "[]", "null", "{}", *('{"a": %s}' % name for name in (
                 '"../x.safetensors"', '"/x.safetensors"', '"a/x.bin"', '""', '"."', '".."', "5",
                 "null", '["x.bin"]', '"config.json"'))))))])
-def test_an_unreadable_file_is_named_and_never_executed(tmp_path, monkeypatch, name, content,
-                                                        message):
+def test_an_unreadable_file_is_named_never_executed(tmp_path, monkeypatch, name, content, message):
     """Red if weights_only is lost: a pickle may hold any code. Readers differ in which of two
     tensors of one name counts. An index names nothing but files beside it."""
     monkeypatch.chdir(tmp_path)
@@ -437,9 +434,8 @@ def test_one_tensor_at_a_time_is_in_memory_twice(tmp_path, monkeypatch, weights)
 
 def test_a_fingerprint_is_the_crc_of_all_weight_files(tmp_path):
     """Runs recorded with it must still match: red if its order or form changes."""
-    files = {"b.safetensors": b"two", "a.safetensors": b"one", "c.bin": b"three", "d.json": b"no"}
-    for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
+    for file in "b.safetensors two", "a.safetensors one", "c.bin three", "d.json no":
+        (tmp_path / file.split()[0]).write_text(file.split()[1])
     assert hub.fingerprint(tmp_path) == f"{zlib.crc32(b'onetwothree'):08x}"
 
 
@@ -598,8 +594,7 @@ def test_a_tokenizer_json_that_would_give_other_ids_is_refused(trained, change, 
 
 def test_llama_3s_tokenizer_model_counts_first_and_whole(trained, monkeypatch, tmp_path):
     """Ids are line numbers, special tokens follow in Meta's order; three digits are one piece; the
-    chat is Instruct's. Meta's repositories have it in original/. Llama 2's, of another format but
-    that name, is refused."""
+    chat is Instruct's. Meta has it in original/. Llama 2's, of that name, is refused."""
     words = ["in", " t", "he", " the", "\n\n", *map(str, range(961, 1000))]
     tokens = [bytes([byte]) for byte in range(256)] + [word.encode() for word in words]
     lines = [b"%s %d" % (base64.b64encode(token), i) for i, token in enumerate(tokens)]
