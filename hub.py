@@ -111,7 +111,7 @@ KINDS = dict.fromkeys(HF_KEYS.values(), SIZE) | WRITTEN | dict(
 
 
 def eos_list(values):
-    """The eos_token_id of a config, an id, several, null or missing, as a list."""
+    """The eos_token_id of a config, whatever it is, as a list."""
     ids = values.get("eos_token_id")
     return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
@@ -250,7 +250,7 @@ def mamba_in_llama_tensors(name, tensor, fields, shapes):
 
 
 def read_tensors(folder, shapes, cast):
-    """{our name: cast(our name, tensor)} of a folder's weights, translated from whatever layout.
+    """{our name: cast(our name, tensor)} of a folder's weights.
 
     shapes: {our name: shape} of what the model needs; ValueError names a tensor that does not fit.
     `cast` copies: one is read at a time.
@@ -380,7 +380,7 @@ def chat_of(folder, special):
 
 def read_tokenizer(folder):
     """The definition of data.Tokenizer of a folder: of Llama 3's tokenizer.model (Meta has it in
-    original/), else of tokenizer.json. FileNotFoundError, ValueError if it cannot be used."""
+    original/), else of tokenizer.json."""
     files = "tokenizer.model", "original/tokenizer.model", "tokenizer.json"
     path = next(filter(Path.is_file, (Path(folder, name) for name in files)), None)
     if path is None:

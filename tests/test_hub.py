@@ -227,7 +227,7 @@ def llamba(tied=True, n=6):
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_released_llamba_computes_what_its_code_does(tmp_path, tied):
-    """Red if a name goes elsewhere, z_bias is dropped, or the decay bias, not Llamba's, is not 0."""
+    """Red if a name goes elsewhere, z_bias is dropped, or the decay bias, which is ours, not 0."""
     tensors, config = llamba(tied)
     folder = write(tmp_path / "x", tensors, config=config)
     ours = assert_same_model(folder, tensors, llamba_release, ".mixer.")
