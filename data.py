@@ -21,7 +21,6 @@ from hub import HUB, naming, require
 
 @dataclass(frozen=True)
 class Problem:
-    """A question with its gold answer."""
     id: str
     question: str
     answer: str  # the gold answer, for grading
@@ -41,9 +40,9 @@ class Problem:
 #   1.0) 4139 x7 = 8973
 #   \boxed{8973}
 #
-# Additions are easy and fill the page; a multiplication, done in the head, a small model gets right
-# only some of the time: many rounds are hard, and so are large numbers. NUMBERS are coprime to 10,
-# so that a round maps no two values to one: the answer is right only if the whole chain is.
+# Additions are easy and fill the page; multiplications, done in the head, a small model gets wrong
+# at times: many rounds are hard, and so are large numbers. NUMBERS are coprime to 10, so that a
+# round maps no two values to one: the answer is right only if the whole chain is.
 ROUNDS, NUMBERS = (1, 6), (3, 7, 11, 13, 17)
 TRAIN_PROBLEMS, TEST_PROBLEMS = 50_000, 1_000
 BUILT_IN = dict(arithmetic=(4, "four"), arithmetic6=(6, "six"))  # tasks, and their digits
@@ -58,11 +57,10 @@ def arithmetic_problem(rng, digits=4, word="four"):
     solution = ""
     for rounds_left in range(rounds, 0, -1):
         for additions_left in range(by, -1, -1):
-            result = (value + by if additions_left else value * by) % end
             sign = "+" if additions_left else "x"
-            solution += (f"{rounds_left}.{additions_left}) {value:0{digits}d} {sign}{by} = "
-                         f"{result:0{digits}d}\n")
-            value = result
+            solution += f"{rounds_left}.{additions_left}) {value:0{digits}d} {sign}{by} = "
+            value = (value + by if additions_left else value * by) % end
+            solution += f"{value:0{digits}d}\n"
     answer = f"{value:0{digits}d}"
     return question, f"{solution}\\boxed{{{answer}}}", answer
 
@@ -161,8 +159,7 @@ def encodable(text, missing):
 
 
 def problem_from(row, default_id, where):
-    """The Problem in a row of GSM8K (question, answer), MATH (problem, solution, answer),
-    OpenMathInstruct (problem, generated_solution, expected_answer) or a samples.jsonl.
+    """The Problem in a row of GSM8K, MATH, OpenMathInstruct or a samples.jsonl.
 
     GSM8K's answer is a solution with calculations <<1+1=2>> in it, then #### and the answer. A
     sample is a solution, as it is, if it came to an end and boxes an answer.
@@ -208,8 +205,8 @@ def hub_problems(task, split):
     name, *rows = re.fullmatch(r"(\w+)(?:\[(\d+):(\d+)\])?|.*", task, re.S).groups()
     require(name in HUB, f"unknown task {task!r}: choose {', '.join([*BUILT_IN, *HUB])}, "
                          f"openmath2[1000:2000] or a .jsonl file")
-    most = 50_000 if name == "openmath2" else None  # of 14 million
-    first, end = map(int, rows) if rows[0] else (0, most)
+    # openmath2 has 14 million
+    first, end = map(int, rows) if rows[0] else (0, 50_000 if name == "openmath2" else None)
     return [problem_from(row, f"{split}/{i}", f"{name}, row {i}")
             for i, row in enumerate(hub.dataset_rows(name, split, first, end), first)]
 
@@ -226,8 +223,7 @@ INSTRUCTION = "{question}\n\nReason step by step, and put your final answer with
 
 
 def prompt_template(task, path=None):
-    """What is asked, with {question} in it: a file's text, else INSTRUCTION, or for the built-in
-    task the bare question."""
+    """What is asked, with {question} in it: a file's text, or what suits the task."""
     if path is None:
         return "{question}" if task in BUILT_IN else INSTRUCTION
     with naming(path):
@@ -239,18 +235,18 @@ def prompt_template(task, path=None):
 def solution_text(problem):
     """What a model learns to write: the solution ("" if there is none) with its answer in a box,
     which takes the place of a last line #### answer."""
-    solution, answer = problem.solution, problem.answer
-    if not solution or "\\boxed" in solution:
-        return solution
-    before, mark, after = solution.rpartition("####")
-    steps = before if mark and after.strip() == answer else solution
+    steps, answer = problem.solution, problem.answer
+    if not steps or "\\boxed" in steps:
+        return steps
+    before, mark, after = steps.rpartition("####")
+    if mark and after.strip() == answer:
+        steps = before
     return f"{steps.rstrip()}\n\\boxed{{{answer}}}"
 
 
 @dataclass
 class Pairs:
-    """(prompt ids, answer ids) of every worked solution, encoded when asked for: the question in
-    its template and chat; solution_text and the id that ends a turn."""
+    """(prompt ids, answer ids) of every worked solution, encoded when asked for."""
     problems: list
     tokenizer: Tokenizer
     template: str

@@ -23,7 +23,6 @@ from common import check_fields, first_line, read_json, replace_file, write_json
 
 
 def require(condition, complaint):
-    """ValueError(complaint) unless the condition holds."""
     if not condition:
         raise ValueError(complaint)
 
@@ -46,8 +45,8 @@ def optional_json(folder, name):
 
 # ---- folders
 def download(path_or_repo, *patterns):
-    """A folder as it is; of a repository "org/name", the folder with the files that match. Where
-    org is a folder, as in "out/pure", it is no repository."""
+    """A folder as it is; of a repository, the folder with the files that match. Where org is a
+    folder, as in "out/pure", "org/name" is no repository."""
     name = str(path_or_repo)
     if Path(name).parent.is_dir() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         return name
@@ -57,13 +56,12 @@ def download(path_or_repo, *patterns):
 
 
 def tokenizer_folder(path_or_repo):
-    """The folder of a tokenizer and its chat template, downloaded if need be."""
     return download(path_or_repo, "tokenizer*", "original/tokenizer.model", "chat_template.jinja",
                     "config.json", "generation_config.json")
 
 
 def checkpoint_folder(path_or_repo):
-    """The folder of a checkpoint, downloaded if need be; .bin only if there is nothing else."""
+    """The folder of a checkpoint; .bin only if there is nothing else."""
     folder = download(path_or_repo, "*.json", "model.safetensors")
     shards = [path.name for path in weight_files(folder)]
     return download(path_or_repo, "*.json", *shards or ["pytorch_model.bin"])
@@ -113,7 +111,7 @@ KINDS = dict.fromkeys(HF_KEYS.values(), SIZE) | WRITTEN | dict(
 
 
 def eos_list(values):
-    """The eos_token_id of a config, an id, several, null or missing, as a list."""
+    """The eos_token_id of a config, whatever it is, as a list."""
     ids = values.get("eos_token_id")
     return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
@@ -137,7 +135,8 @@ def llama_fields(values):
 
 def llamba_as_llama(values):
     """A Llamba's config.json (modeling_llamba.py of cartesia-ai/edge) with a Llama's keys."""
-    parts, heads = values["mlp_cfg"] | values["ssm_cfg"], values["ssm_cfg"]["n_v_heads"]
+    parts = values["mlp_cfg"] | values["ssm_cfg"]
+    heads = parts["n_v_heads"]
     check_fields(parts, dict(act_fn="silu", activation="identity", n_qk_heads=heads), "config.json")
     return parts | values | dict(
         model_type="llama", hidden_size=values["d_model"], num_hidden_layers=values["n_layer"],
@@ -154,8 +153,9 @@ def mamba_fields(llama, mamba):
     known = "expand d_state d_conv dt_rank ngroups repeat_kv_before_conv chunk_size"
     require(ssm.keys() <= {*known.split()}, f"ssm_cfg has {', '.join(ssm)}, supported: {known}")
     require({*attention} <= {*layers}, f"attn_layers = {attention} of {len(layers)} layers")
-    mixer = "mamba2_step" if "ngroups" in ssm else "mamba"
-    if mixer == "mamba2_step":
+    mixer = "mamba"
+    if "ngroups" in ssm:
+        mixer = "mamba2_step"
         check_fields(ssm, dict(ngroups=heads, d_state=fields["head_dim"]), "ssm_cfg")
     return fields | dict(mixers=["attention" if i in attention else mixer for i in layers])
 
@@ -170,21 +170,22 @@ def read_layout(folder):
         values, released = read_json(path), optional_json(folder, "mamba_config.json")
         is_llamba = values.get("model_type") == "llamba"
         fields = llama_fields(llamba_as_llama(values) if is_llamba else values)
-        stored, layers = stored_names(folder), fields["n_layers"]
+        files = weight_files(folder) or [Path(folder, "model.safetensors")]
+        stored = {name: file for file in files for name in map_file(file)}
+        layers = fields["n_layers"]
         require(layers <= len(stored),
                 f"config.json: num_hidden_layers is {layers}, but there are {len(stored)} tensors")
         if is_llamba:
             return fields | dict(mixers=["mamba2"] * layers), stored, llamba_tensors
         if "mixers" in fields or not released:  # ours, maybe saved over a release
             return fields, stored, lambda name, tensor, *_: {name: tensor}
-        if any(".mha." in name for name in stored):
+        if ".mha." in " ".join(stored):
             fields["rope_scaling"] = None  # M1 was trained without that of its base
         return mamba_fields(fields, released), stored, mamba_in_llama_tensors
 
 
 def read_config(folder):
-    """Fields of model.Config in a folder's config.json, without those that it leaves open.
-    FileNotFoundError if there is none, ValueError naming what is not supported."""
+    """Fields of model.Config in a folder's config.json, without those that it leaves open."""
     return read_layout(folder)[0]
 
 
@@ -205,17 +206,11 @@ def map_file(path, names=None):
             return {name: file.get_tensor(name) for name in names if name != "__metadata__"}
 
 
-def stored_names(folder):
-    """{name: path of its file} of the tensors in a folder."""
-    paths = weight_files(folder) or [Path(folder, "model.safetensors")]
-    return {name: path for path in paths for name in map_file(path)}
-
-
 def llamba_tensors(name, tensor, fields, shapes):
     """{our name: tensor} of a tensor of a Llamba, whose decays have no bias: zeros."""
     name = name.replace("backbone.", "model.").replace(".embedding.", ".embed_tokens.")
     name = name.replace(".final_layernorm.", ".norm.").replace(".mixer.", ".mamba2.")
-    bias = {name[:-1] + "A_log_bias": tensor.new_zeros(len(tensor))} if name.endswith(".D") else {}
+    bias = {name[:-1] + "A_log_bias": torch.zeros_like(tensor)} if name.endswith(".D") else {}
     return {name: tensor} | bias
 
 
@@ -227,46 +222,38 @@ FUSED = {  # M1 has one product for several of ours, from top to bottom
 
 def mamba_in_llama_tensors(name, tensor, fields, shapes):
     """{our name: tensor} of a tensor of a MambaInLlama or M1 student."""
-    layer, key = re.fullmatch(r"(model\.layers\.\d+\.|)(.+)", name).groups()
     inner, kv = (fields[heads] * fields["head_dim"] for heads in ("n_heads", "n_kv_heads"))
-    if key.startswith("mamba.") and "mamba2_step" in fields["mixers"]:
-        ours = name.replace(".mamba.", ".mamba2.").replace("dt_bias", "A_log_bias")
-        bias = {layer + "mamba2.z_bias": tensor.new_zeros(inner)} if ".norm." in key else {}
-        return {ours: mamba2_rows(key, tensor, inner, kv, fields)} | bias
-    if whole := FUSED.get(key.removesuffix(".weight")):
-        names = [f"{layer}{ours}.weight" for ours in whole.split()]
-        return dict(zip(names, tensor.split([shapes[ours][0] for ours in names])))
-    if key == "mamba.dt_proj.bias":  # their dt_proj adds it, and their scan adds it again
+
+    def repeated(groups, size=fields["head_dim"]):
+        """[k1, k2] -> [k1, k1, k2, k2], each of `size` rows."""
+        return groups.unflatten(0, (-1, size)).repeat_interleave(inner // kv, dim=0).flatten(0, 1)
+
+    if ".mamba." in name and "mamba2_step" in fields["mixers"]:
+        name = name.replace(".mamba.", ".mamba2.").replace("dt_bias", "A_log_bias")
+        if ".in_proj." in name:  # z | x | B | C | dt become x | B | C | z | a
+            z, xB, C, a = tensor.split([inner, 2 * kv, inner, fields["n_heads"]])
+            tensor = torch.cat([repeated(xB), C, z, a])
+        if ".conv1d." in name and len(tensor) < 3 * inner:  # it runs before kv heads are repeated
+            xB, C = tensor.split([2 * kv, inner])
+            tensor = torch.cat([repeated(xB), C])
+        bias = {name.replace("norm.weight", "z_bias"): torch.zeros_like(tensor)}
+        return {name: tensor} | (bias if ".norm." in name else {})
+    for whole, parts in FUSED.items():
+        if name.endswith(f".{whole}.weight"):
+            names = [name.replace(whole, part) for part in parts.split()]
+            return dict(zip(names, tensor.split([shapes[ours][0] for ours in names])))
+    if name.endswith(".mamba.dt_proj.bias"):  # their dt_proj adds it, and their scan adds it again
         tensor = 2 * tensor
-    if key.startswith("mamba.conv1d.") and len(tensor) == kv:  # it runs before kv repeat
-        tensor = repeat_groups(tensor, 16, inner // kv)
+    if ".mamba.conv1d." in name and len(tensor) == kv:
+        tensor = repeated(tensor, 16)
     return {name: tensor}
 
 
-def mamba2_rows(key, tensor, inner, kv, fields):
-    """Rows z | x | B | C | dt of in_proj become x | B | C | z | a, the kv heads of x and B repeated
-    for the query heads; likewise x | B | C of a conv1d that runs before they are repeated."""
-    z = a = tensor[:0]
-    if key == "mamba.in_proj.weight":
-        z, x, B, C, a = tensor.split([inner, kv, kv, inner, fields["n_heads"]])
-    elif ".conv1d." in key and len(tensor) < 3 * inner:
-        x, B, C = tensor.split([kv, kv, inner])
-    else:
-        return tensor
-    x, B = (repeat_groups(part, fields["head_dim"], inner // kv) for part in (x, B))
-    return torch.cat([x, B, C, z, a])
-
-
-def repeat_groups(tensor, size, times):
-    """[k1, k2] -> [k1, k1, k2, k2], each of `size` rows."""
-    return tensor.unflatten(0, (-1, size)).repeat_interleave(times, dim=0).flatten(0, 1)
-
-
 def read_tensors(folder, shapes, cast):
-    """{our name: cast(our name, tensor)} of a folder's weights, translated from whatever layout.
+    """{our name: cast(our name, tensor)} of a folder's weights.
 
-    shapes: {our name: shape} of what the model needs: a tensor that is missing, extra, misshapen,
-    of integers or not finite is a ValueError naming it. `cast` copies: one is read at a time.
+    shapes: {our name: shape} of what the model needs; ValueError names a tensor that does not fit.
+    `cast` copies: one is read at a time.
     """
     (fields, stored, translate), tensors = read_layout(folder), {}
     if "lm_head.weight" not in shapes:  # tied: the embedding, but may be stored all the same
@@ -280,21 +267,20 @@ def read_tensors(folder, shapes, cast):
                     require(part.shape == shapes.get(ours),
                             f"expected {shapes.get(ours, 'no such tensor')}")
                     tensors[ours] = cast(ours, part)
-                    extremes = torch.stack(tensors[ours].aminmax())
-                    require(extremes.isfinite().all(), "holds nan or infinity")
+                    extremes = tensors[ours].aminmax()
+                    require(all(map(torch.isfinite, extremes)), "holds nan or infinity")
         missing = ", ".join(sorted(shapes.keys() - tensors.keys()))
         require(not missing, f"missing tensors: {missing[:300]}")
     return tensors
 
 
 def write_checkpoint(folder, fields, tensors):
-    """Writes model.safetensors and, from the fields of Config, config.json. All attention, it loads
-    in transformers' LlamaForCausalLM."""
+    """Writes model.safetensors and, from the fields of Config, config.json."""
     dtype = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
-    config = dict(architectures=["LlamaForCausalLM"]) | WRITTEN | dict(torch_dtype=dtype)
-    config |= {HF_KEYS[field]: value for field, value in fields.items()}
+    config = WRITTEN | dict(architectures=["LlamaForCausalLM"], torch_dtype=dtype) | {
+        HF_KEYS[field]: value for field, value in fields.items()}
     config["eos_token_id"] = config["eos_token_id"] or None
-    if config.get("rope_scaling"):
+    if config["rope_scaling"]:
         config["rope_scaling"] = dict(rope_type="llama3") | config["rope_scaling"]
     replace_file(Path(folder, "model.safetensors"),
                  lambda path: save_file(tensors, path, metadata=dict(format="pt")))
@@ -328,17 +314,17 @@ def read_tiktoken(path):
     return dict(pattern=LLAMA3_PATTERN, ranks=[token for token, _ in lines], special=special)
 
 
-PLAIN = [byte for byte in range(33, 256) if chr(byte).isprintable()]
-BYTE_OF = dict(zip(map(chr, PLAIN), PLAIN)) | {  # a tokenizer.json's character for each byte
-    chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - {*PLAIN}))}
+OTHERS = itertools.count(256)
+BYTE_OF = {  # by its character in a tokenizer.json: itself, if it leaves ink
+    chr(byte if byte > 32 and chr(byte).isprintable() else next(OTHERS)): byte
+    for byte in range(256)}
 
 
 def read_byte_bpe(path):
     """{pattern, ranks, special} of a tokenizer.json, if it is byte-level BPE as tiktoken does it.
 
-    tiktoken joins the neighbours that make the token of the lowest id: merges must come in the
-    order of the ids they make, and make all tokens. (With ignore_merges both take a piece that is a
-    token whole.)
+    tiktoken joins the neighbours that make the token of the lowest id: merges must make all tokens,
+    in the order of their ids. (With ignore_merges both take a piece that is a token whole.)
     """
     file = read_json(path)
     model, added, splits = file["model"], file["added_tokens"], file["pre_tokenizer"]
@@ -346,8 +332,8 @@ def read_byte_bpe(path):
         added_tokens=list, pre_tokenizer=dict, vocab=dict, merges=list, normalizer=None, type="BPE",
         dropout=0, byte_fallback=False, end_of_word_suffix=""), path.name)
     steps = splits.get("pretokenizers", [splits])
-    pattern = next((pattern for known, pattern in PRE_TOKENIZERS if known == steps), None)
-    require(pattern, f"its pre-tokenizer, {steps}, is neither GPT-2's nor SmolLM2's nor Llama 3's")
+    patterns = [pattern for known, pattern in PRE_TOKENIZERS if known == steps]
+    require(patterns, f"its pre-tokenizer, {steps}, is neither GPT-2's nor SmolLM2's nor Llama 3's")
     require(all(token["special"] for token in added), "it has added tokens that are not special")
     special = {token["content"]: token["id"] for token in added}
     vocab = {token: rank for token, rank in model["vocab"].items() if token not in special}
@@ -356,47 +342,45 @@ def read_byte_bpe(path):
             f"its {len(ids):,} ids, {min(ids)} to {max(ids)}, are not one for each token")
     made = [vocab.get("".join(merge).replace(" ", ""), -1) for merge in model["merges"]]
     longer = {rank for token, rank in vocab.items() if len(token) > 1}
-    complete = longer == {*made} or model.get("ignore_merges")
-    require(longer and complete and -1 not in made and made == sorted(made),
+    require(longer and -1 not in made and made == sorted(made)
+            and (longer == {*made} or model.get("ignore_merges")),
             "its merges do not make its tokens in the order of the ids")
     ranks = {rank: base64.b64encode(bytes(BYTE_OF[c] for c in token)).decode()
              for token, rank in vocab.items()}
-    return dict(pattern=pattern, special=special,
+    return dict(pattern=patterns[0], special=special,
                 ranks=[ranks.get(rank) for rank in range(max(ranks) + 1)])
 
 
-START, HEADER = "<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n"
-USER, ANSWER = HEADER.format("user"), "<|eot_id|>" + HEADER.format("assistant")
-LLAMA3_SYSTEM = HEADER.format("system") + (
-    "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>")
+START, HEADER = "<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n".format
+USER, ANSWER = HEADER("user"), "<|eot_id|>" + HEADER("assistant")
 SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 CHATS = (  # words of a chat template, and what it puts before and after a question
-    ("Cutting Knowledge Date", START + LLAMA3_SYSTEM + USER, ANSWER),
+    ("Cutting Knowledge Date", START + HEADER("system") + "Cutting Knowledge Date: December 2023\n"
+     "Today Date: 26 Jul 2024\n\n<|eot_id|>" + USER, ANSWER),
     ("<|start_header_id|>", START + USER, ANSWER),
     (SMOLLM2_SYSTEM, f"<|im_start|>system\n{SMOLLM2_SYSTEM}<|im_end|>\n<|im_start|>user\n",
      "<|im_end|>\n<|im_start|>assistant\n"),
     ("no template", "", "\n"))  # a base model's
-NO_TEMPLATE = "Cutting Knowledge Date, or no template"  # with Llama 3's vocabulary it is Instruct's
 
 
 def chat_of(folder, special):
-    """What comes before and after a question, each as a list of special tokens and texts, by the
-    folder's chat template, which is recognised, not run."""
+    """The special tokens and texts before and after a question, in a list each, by the folder's
+    chat template, which is recognised, not run."""
     path = Path(folder, "chat_template.jinja")
     template = path.read_text("utf-8") if path.is_file() else optional_json(
         folder, "tokenizer_config.json").get("chat_template")
     for words, *chat in CHATS:
-        chat = [[part for part in re.split(r"(<\|\w+\|>)", text) if part] for text in chat]
+        chat = [[*filter(None, re.split(r"(<\|\w+\|>)", text))] for text in chat]
         known = all(part in special for part in sum(chat, []) if part[:2] == "<|")
-        if known and words in str(template or NO_TEMPLATE):  # a list if there are several
+        # several are a list; without one, Llama 3's vocabulary is Instruct's
+        if known and words in str(template or "Cutting Knowledge Date, or no template"):
             return chat
     raise ValueError("its chat template is neither Llama 3's nor SmolLM2's")
 
 
 def read_tokenizer(folder):
-    """The definition of data.Tokenizer, {pattern, ranks, special, chat, trim, eos}, of a folder:
-    of Llama 3's tokenizer.model (Meta has it in original/), else of tokenizer.json.
-    FileNotFoundError if there is neither, ValueError if it cannot be used."""
+    """The definition of data.Tokenizer of a folder: of Llama 3's tokenizer.model (Meta has it in
+    original/), else of tokenizer.json."""
     files = "tokenizer.model", "original/tokenizer.model", "tokenizer.json"
     path = next(filter(Path.is_file, (Path(folder, name) for name in files)), None)
     if path is None:
@@ -408,8 +392,7 @@ def read_tokenizer(folder):
         ids = eos_list(optional_json(folder, "config.json")
                        | optional_json(folder, "generation_config.json"))
         names = {token: name for name, token in special.items()}
-        require(all(i in special.values() for i in ids),
-                f"its eos_token_id, {ids}, is not of special tokens")
+        require({*ids} <= {*names}, f"its eos_token_id, {ids}, is not of special tokens")
         ends = [after[0], "<|end_of_text|>", "<|endoftext|>", "<|eom_id|>", *map(names.get, ids)]
         eos = list(dict.fromkeys(end for end in ends if end in special))
         return found | dict(chat=[before, after], trim=after[0] == "<|eot_id|>", eos=eos)
@@ -423,8 +406,7 @@ HUB = {  # task: (repository, configuration, splits)
 
 
 def dataset_rows(task, split, first=0, end=None):
-    """The rows of a task of HUB as dicts; with an end only those from first to end, streamed.
-    ValueError if there is no such split, no network, or no row."""
+    """The rows of a task of HUB as dicts; with an end only those from first to end, streamed."""
     repository, configuration, splits = HUB[task]
     require(split in splits, f"{task} has no {split} split: it has {' and '.join(splits)}")
     with naming(f"{repository} (without a network pass a .jsonl file instead of {task})"):

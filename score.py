@@ -8,11 +8,9 @@ Writes out/<name>/scores.jsonl, a record per completion, and scores.json, the se
 goes on where a run stopped. torchrun shares the work.
 
 Reading is far cheaper than writing token by token: a slow teacher can judge what a fast student
-wrote. A process reward model (Lightman et al. 2023) judges every step; RLHFlow's does it in a
-dialogue, by "+" or "-" after each.
+wrote.
 """
 import math
-import os
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -24,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-import hub
 import parallel
 from data import load_tokenizer
+from hub import fingerprint, require
 from model import LM
 from sample import RECORD, append, read_settings, resume
 
@@ -49,7 +47,7 @@ class Likelihood:
         """A sample as its model wrote it, its end included if it was reached."""
         prompt = self.tokenizer.chat(template.replace("{question}", record["question"]))
         ids = prompt + self.tokenizer.encode(record["completion"])
-        ids += self.tokenizer.eos_ids[:1] if record["finish"] == "stop" else []
+        ids += self.tokenizer.eos_ids[:1] * (record["finish"] == "stop")
         return Text(record, ids, list(range(len(prompt) - 1, len(ids) - 1)))
 
     def judge(self, x, text):
@@ -61,32 +59,31 @@ class Likelihood:
 
 
 class Process:
-    """The probability of "+" against "-" after each step."""
+    """The probability of "+" against "-" after each step (Lightman et al. 2023)."""
 
     def __init__(self, lm, tokenizer):
         self.lm, self.tokenizer = lm, tokenizer
         signs = tokenizer.encode("+") + tokenizer.encode("-")
-        if len(signs) != 2:
-            raise ValueError('no process reward model: its tokenizer lacks a token of "+" or "-"')
+        require(len(signs) == 2,
+                'no process reward model: its tokenizer lacks a token of "+" or "-"')
         head = lm.model.embed_tokens if lm.config.tie_embeddings else lm.lm_head
         self.rows = head.weight[signs].float()  # (2, d_model)
 
     def read(self, record, template):
-        """The dialogue about a sample: question and first step, "+", second step, "+", ... Steps
-        stand between blank lines. The positions are those before each "+": in a causal model one
-        pass judges every step as if all before were good."""
+        """RLHFlow's dialogue about a sample: question and first step, "+", second step, "+", ...
+        The positions are those before each "+": in a causal model one pass judges every step as if
+        all before were good."""
         steps = [step for step in record["completion"].split("\n\n") if step.strip()] or [""]
         steps[0] = f"{record['question']} {steps[0]}"
         ids, positions = [], []
-        for turn, step in enumerate(steps):
-            ids += self.tokenizer.chat(step, first=turn == 0)
+        for step in steps:
+            ids += self.tokenizer.chat(step, first=not ids)
             positions.append(len(ids) - 1)
             ids += self.tokenizer.encode("+") + self.tokenizer.eos_ids[:1]
         return Text(record, ids, positions)
 
     def judge(self, x, text):
-        """p of each step, for the hidden states x (L, d_model) of a text. In float32: bfloat16
-        rounds logits of 16 to 32 to multiples of 1/8."""
+        """p of each step. In float32: bfloat16 rounds logits of 16 to 32 to multiples of 1/8."""
         logits = F.linear(self.lm.model.norm(x[text.positions]).float(), self.rows)  # (steps, 2)
         return logits.softmax(-1)[:, 0].tolist()
 
@@ -108,8 +105,8 @@ def batches(judge, records, template, budget):
     """Yield lists of Texts of like length: `budget` tokens with padding, or one text. 512 are
     sorted at a time: sorting all would finish no problem early."""
     for start in range(0, len(records), 512):
-        texts = [judge.read(record, template) for record in records[start:start + 512]]
-        texts.sort(key=lambda text: len(text.ids), reverse=True)
+        texts = sorted((judge.read(record, template) for record in records[start:start + 512]),
+                       key=lambda text: -len(text.ids))
         while texts:
             size = max(1, budget // len(texts[0].ids))
             yield texts[:size]
@@ -123,9 +120,9 @@ FIELDS = dict(problem=int, sample=int, score=float, num_tokens=int, seconds=floa
 def score_samples(folder, to, judge, settings, budget):
     """Score a folder's samples into the file `to` there, going on where a run stopped: first every
     problem's first samples, so that `seconds` are what choosing among k costs."""
-    path, aggregate = Path(folder, to), AGGREGATE[settings["aggregate"]]
+    path, aggregate = folder / to, AGGREGATE[settings["aggregate"]]
     samples = {(record["problem"], record["sample"]): record
-               for record in read_jsonl(Path(folder, "samples.jsonl"), RECORD, torn=True)}
+               for record in read_jsonl(folder / "samples.jsonl", RECORD, torn=True)}
     texts = {pair: crc(record["completion"]) for pair, record in samples.items()}
     done, spent = resume(path, judge.lm, FIELDS, lambda score: score["crc"] == texts.get(
         (score["problem"], score["sample"])), settings)
@@ -170,27 +167,24 @@ def main(argv=None):
     args = parse_args(argv)
     with parallel.processes(args.device):
         device, dtype = choose_device(args.device, args.dtype)
-        if not args.to.endswith(".jsonl") or args.to.startswith(OTHERS):
-            raise ValueError(f"--to {args.to}: expected a .jsonl file, its name not to begin with "
-                             f"{', '.join(OTHERS)}")
-        there = sorted(path.parent.name for path in Path(args.out).glob("*/samples.jsonl"))
-        judged = {}  # of each judge: {model: text around its questions}
+        require(args.to.endswith(".jsonl") and not args.to.startswith(OTHERS), f"--to {args.to}: "
+                f"expected a .jsonl file, its name not to begin with {', '.join(OTHERS)}")
+        out, judged = Path(args.out), {}  # of each judge: {model: text around its questions}
+        there = sorted(path.parent.name for path in out.glob("*/samples.jsonl"))
         for name in args.model or there or ["*"]:  # all, before anything is written
-            origin = read_settings(Path(args.out, name, "samples.jsonl"), "prompt")
-            if not origin:
-                raise ValueError(f"no samples of {name} under {args.out}/: run python sample.py")
-            read_settings(Path(args.out, name, args.to), "kind")
+            origin = read_settings(out / name / "samples.jsonl", "prompt")
+            require(origin, f"no samples of {name} under {out}/: run python sample.py")
+            read_settings(out / name / args.to, "kind")
             teacher = "teacher-small" if name.endswith("-small") else "teacher"
-            source = args.judge or os.path.join(args.out, teacher)
-            judged.setdefault(source, {})[name] = origin["prompt"]
+            judged.setdefault(args.judge or out / teacher, {})[name] = origin["prompt"]
         for source, prompts in judged.items():
-            lm, tokenizer = LM.from_pretrained(source, device, dtype), load_tokenizer(source)
-            judge, weights = KINDS[args.kind](lm.eval(), tokenizer), hub.fingerprint(source)
+            judge = KINDS[args.kind](
+                LM.from_pretrained(source, device, dtype).eval(), load_tokenizer(source))
+            settings = dict(kind=args.kind, aggregate=args.aggregate, weights=fingerprint(source))
             for name, prompt in prompts.items():
-                settings = dict(kind=args.kind, aggregate=args.aggregate, prompt=prompt,
-                                weights=weights)
-                with parallel.exclusively(os.path.join(args.out, name)) as folder:
-                    score_samples(folder, args.to, judge, settings, args.tokens)
+                with parallel.exclusively(out / name) as folder:
+                    score_samples(folder, args.to, judge, settings | dict(prompt=prompt),
+                                  args.tokens)
 
 
 if __name__ == "__main__":
