@@ -46,19 +46,17 @@ def divergence(student, teacher, labels=None, direction="forward"):
     So the student pays for what it does not cover (MambaInLlama); with "reverse", the two swapped,
     for what the teacher would not say (M1). Logits (tokens, V) -> scalar.
     """
-    student = F.log_softmax(student.float(), dim=-1)
-    teacher = F.log_softmax(teacher.detach().float(), dim=-1)
+    student, teacher = student.float().log_softmax(-1), teacher.detach().float().log_softmax(-1)
     if direction == "reverse":
         student, teacher = teacher, student  # F.kl_div(q, p) is KL(p || q)
     return F.kl_div(student, teacher, log_target=True, reduction="sum")
 
 
 def kl_loss(student_logits, teacher_logits, labels, direction="forward"):
-    """Mean of `divergence` over answer tokens. The teacher gets no gradient. Logits (B, L, V),
-    labels (B, L) -> scalar."""
+    """Mean of `divergence` over answer tokens. Logits (B, L, V), labels (B, L) -> scalar."""
     counted = labels != IGNORE
-    logits = student_logits[counted], teacher_logits[counted]
-    return divergence(*logits, direction=direction) / counted.sum()
+    total = divergence(student_logits[counted], teacher_logits[counted], None, direction)
+    return total / counted.sum()
 
 
 def replaced(student, teacher, tokens):
@@ -130,7 +128,7 @@ def collate(pairs):
     tokens = [prompt + answer for prompt, answer in pairs]
     labels = [[IGNORE] * (len(prompt) - 1) + answer + [IGNORE] for prompt, answer in pairs]
     valid = [[True] * len(row) for row in tokens]
-    return Batch(*(pad_sequence([torch.tensor(row) for row in rows], True, padding)
+    return Batch(*(pad_sequence([*map(torch.tensor, rows)], True, padding)
                    for rows, padding in ((tokens, 0), (labels, IGNORE), (valid, False))))
 
 
@@ -141,7 +139,7 @@ def batches(pairs, tokens_per_batch, max_length, seed, steps=0, start=1.0):
     stage of `steps` starts with those up to `start` of the longest, and has all from its half on.
     """
     def length(pair):
-        return len(pair[0]) + len(pair[1])
+        return sum(map(len, pair))
     rng, step = random.Random(seed), 0
     while True:
         before, order = step, rng.sample(range(len(pairs)), len(pairs))
@@ -192,8 +190,7 @@ def make_optimizer(lm, lr):
 
 
 def train(progress, models, stages, hardware):
-    """Run the stages from where `progress` stands, which also logs and saves. models: student and
-    teacher, called as models(loss, batch)."""
+    """Run the stages from where `progress` stands. models: a parallel.Pair."""
     lm = models.lm
     for index, stage in list(enumerate(stages))[progress.stage:]:
         lm.requires_grad_(not stage.mixers_only)
@@ -224,7 +221,7 @@ def train(progress, models, stages, hardware):
 def gradient(models, stage, batch, hardware):
     """The loss of a batch, whose gradient is added to the parameters piece by piece, over all
     processes: weighted by their shares, pieces add up to the batch."""
-    world, loss = parallel.world(), torch.zeros((), device=hardware.device)
+    world, loss = parallel.world(), 0.0
     count = world * min(hardware.accumulate, math.ceil(len(batch.valid) / world))
     for index in range(parallel.rank(), count, world):
         piece, share = batch.piece(index, count, stage.mean_over)
@@ -232,7 +229,7 @@ def gradient(models, stage, batch, hardware):
                             enabled=hardware.dtype == torch.bfloat16):
             part = share * models(stage.loss, Batch(*(t.to(hardware.device) for t in piece)))
         (world * part).backward()  # FSDP averages over processes: this makes it a sum
-        loss += part.detach()
+        loss = loss + part.detach()
     return parallel.total(loss)
 
 
@@ -242,47 +239,43 @@ STUDENTS = dict(pure=("mohawk", "mamba2", ()), hybrid=("mambainllama", "mamba2",
 # a recipe's stages and their steps
 STEPS = dict(mohawk=dict(matrices=60, hidden=200, kl=4400, sft=0),
              mambainllama=dict(kl=4500, sft=0))
-POSITIONS = 1024  # answer tokens whose logits are in memory at once
+POSITIONS = 1024  # answer tokens whose logits are in memory at once: all would outweigh all else
 MATRIX_LENGTH = 128  # tokens of a row in orientation: memory grows with its square
 START = dict.fromkeys(BUILT_IN, 0.15)  # a task's, see batches; others have none
 
 
-def mean_over_answers(sum_of, batch, *models):
-    """Mean over answer tokens of sum_of(each model's logits (tokens, V), labels (tokens,)).
+def recomputed(function):
+    """`function`, which keeps its inputs alone and runs again for its gradients."""
+    return partial(torch.utils.checkpoint.checkpoint, function, use_reentrant=False)
 
-    POSITIONS tokens at a time, whose logits are computed again for their gradients: with a
-    vocabulary of 100,000 they would take more memory than all else.
-    """
-    def logits_and_sum(*inputs):
-        return sum_of(*(lm.head(x) for lm, x in zip(models, inputs)), inputs[-1])
+
+def mean_over_answers(sum_of, batch, *models):
+    """Mean over answer tokens of sum_of(each model's logits (tokens, V), labels (tokens,))."""
+    def sum_of_piece(labels, *states):
+        return sum_of(*(lm.head(x).float() for lm, x in zip(models, states)), labels)
     counted = batch.labels != IGNORE
-    states = [lm.last_state(batch.tokens)[counted] for lm in models]  # (tokens, d_model) each
-    pieces = list(zip(*(u.split(POSITIONS) for u in (*states, batch.labels[counted]))))
+    inputs = batch.labels, *(lm.last_state(batch.tokens) for lm in models)
+    pieces = list(zip(*(u[counted].split(POSITIONS) for u in inputs)))
     if len(pieces) > 1:
-        logits_and_sum = partial(torch.utils.checkpoint.checkpoint, logits_and_sum,
-                                 use_reentrant=False)
-    return sum(logits_and_sum(*piece) for piece in pieces) / counted.sum()
+        sum_of_piece = recomputed(sum_of_piece)
+    return sum(itertools.starmap(sum_of_piece, pieces)) / counted.sum()
 
 
 def sft(student, teacher, batch):
     """Fine-tuning on solutions, without a teacher: mean over answer tokens of -log p."""
-    return mean_over_answers(lambda logits, labels: F.cross_entropy(
-        logits.float(), labels, reduction="sum"), batch, student)
+    return mean_over_answers(partial(F.cross_entropy, reduction="sum"), batch, student)
 
 
 def student_stages(steps, lr, direction):
     """The Stages of a student's training that have steps, in their order."""
-    def matrices(student, teacher, batch):
-        return matrix_loss(student, teacher, batch.tokens[:, :MATRIX_LENGTH],
-                           batch.valid[:, :MATRIX_LENGTH])
-
-    def hidden(student, teacher, batch):
-        return hidden_loss(student, teacher, batch.tokens, batch.valid)
+    def layers(loss, length, student, teacher, batch):
+        return loss(student, teacher, batch.tokens[:, :length], batch.valid[:, :length])
 
     def kl(student, teacher, batch):
         return mean_over_answers(partial(divergence, direction=direction), batch, student, teacher)
 
-    stages = dict(matrices=(lr, matrices, "rows", True), hidden=(lr, hidden, "tokens", True),
+    stages = dict(matrices=(lr, partial(layers, matrix_loss, MATRIX_LENGTH), "rows", True),
+                  hidden=(lr, partial(layers, hidden_loss, None), "tokens", True),
                   kl=(lr, kl), sft=(lr / 10, sft))
     return [Stage(name, steps[name], *rest) for name, rest in stages.items() if steps.get(name)]
 
@@ -334,7 +327,7 @@ class Progress:
             self.saved = None
 
     def log(self, stage, lr, norm):
-        """To the reader, and to metrics.jsonl."""
+
         loss, seconds = sum(self.losses) / len(self.losses), time.perf_counter() - self.began[0]
         self.losses = []
         if not math.isfinite(loss):
@@ -403,8 +396,7 @@ def ready(lm, teacher, hardware):
     for block in models.blocks if hardware.compile else ():
         block.forward = torch.compile(block.forward)
     for block in lm.layers if hardware.checkpoint_activations else ():
-        block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward,
-                                use_reentrant=False)
+        block.forward = recomputed(block.forward)
     return parallel.shard(models, hardware.device)
 
 
@@ -418,8 +410,8 @@ def train_in(folder, settings, pairs, stages, lm, teacher, hardware, start):
             return
         print(f"{folder}: {lm.num_parameters():,} parameters, steps", settings["steps"], flush=True)
         # to draw: the first long solution
-        ids = next((p + a for p, a in pairs if len(p + a) >= 96), sum(pairs[0], []))[:96]
-        progress.example = torch.tensor([ids], device=hardware.device)
+        ids = next((p + a for p, a in pairs if len(p + a) >= 96), sum(pairs[0], []))
+        progress.example = torch.tensor([ids[:96]], device=hardware.device)
         for index, stage in enumerate(stages):
             stage.batches = batches(pairs, settings["batch_tokens"], lm.config.max_length,
                                     f"{settings['seed']} {index}", stage.steps, start)
@@ -432,7 +424,7 @@ def train_in(folder, settings, pairs, stages, lm, teacher, hardware, start):
 
 
 def distill(folder, settings, pairs, source, hardware):
-    """Make a student of the teacher in `source`."""
+
     teacher = LM.from_pretrained(source, dtype=torch.float32).eval().requires_grad_(False)
     torch.manual_seed(settings["seed"])
     lm = student_from(teacher, settings["mixers"], settings["d_state"], settings["transfer"])
@@ -452,8 +444,8 @@ def add_shared_options(parser):
     add("--accumulate", type=number(1), default=1, help="pieces of a batch, for less memory")
     add("--checkpoint-activations", action="store_true", help="for less memory")
     add("--compile", action="store_true", help="use torch.compile")
-    add("--log-every", type=number(1), default=100, help="steps")
-    add("--save-every", type=number(1), default=100, help="steps")
+    for option in "--log-every", "--save-every":
+        add(option, type=number(1), default=100, help="steps")
     add("--out", default="out", help="models go to OUT/<name>")
 
 
@@ -525,7 +517,7 @@ def stage_steps(text):  # "kl=200", or "200" for all
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument_group("what to make").add_argument
-    add("--student", nargs="+", type=folder_name, metavar="NAME", default=["pure", "hybrid"],
+    add("--student", nargs="+", type=folder_name, metavar="NAME", default=[*STUDENTS],
         help="defaults are hybrid's if it starts with hybrid, else pure's")
     add("--teacher", help="folder or Hugging Face repository of a Llama; default: OUT/teacher")
     add("--size", choices=SUFFIX, default="base", help="of the teacher, OUT/teacher-SIZE; "
