@@ -286,7 +286,7 @@ class Progress:
     POSITION = "stage", "step", "tokens", "losses", "pictures"
 
     def __init__(self, folder, settings):
-        """As the checkpoint there says. ValueError if it is of another run."""
+        """As the checkpoint says. ValueError if it is of another run."""
         self.folder, self.saved = Path(folder), None
         self.stage, self.step, self.tokens = 0, 0, 0  # step of the stage, tokens of all stages
         self.losses, self.pictures = [], {}  # since the last log line; for matrices.npz
@@ -325,7 +325,6 @@ class Progress:
             self.saved = None
 
     def log(self, stage, lr, norm):
-
         loss, seconds = sum(self.losses) / len(self.losses), time.perf_counter() - self.began[0]
         self.losses = []
         hub.require(math.isfinite(loss), f"the loss of stage {stage.name} is {loss} at step "
@@ -420,7 +419,6 @@ def train_in(folder, settings, pairs, stages, lm, teacher, hardware, start):
 
 
 def distill(folder, settings, pairs, source, hardware):
-
     teacher = LM.from_pretrained(source, dtype=torch.float32).eval().requires_grad_(False)
     torch.manual_seed(settings["seed"])
     lm = student_from(teacher, settings["mixers"], settings["d_state"], settings["transfer"])
