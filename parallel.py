@@ -31,7 +31,6 @@ def world():
 
 
 def wait():
-    """Wait until all processes are here."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -79,7 +78,7 @@ def processes(device):
 
 # ---- FSDP2
 class Pair(nn.Module):
-    """A model in training and its teacher or None: FSDP gathers embeddings around a call."""
+    """A model in training and its teacher or None. FSDP gathers embeddings around a call."""
 
     def __init__(self, lm, teacher=None):
         super().__init__()

@@ -267,10 +267,6 @@ def metrics(folder, *without):
     return [{k: v for k, v in json.loads(line).items() if k not in without} for line in lines]
 
 
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
 @pytest.mark.parametrize("name, mixers, shares", [
     ("teacher", ["attention"] * 2, dict(sft=0.5)),
     ("pure", ["mamba2"] * 2, dict(matrices=1, hidden=0.9, kl=0.8)),
@@ -311,7 +307,8 @@ def test_training_follows_the_schedule(command, tiny_out):
         up = (step + 1) / (0.05 * steps) if step + 1 < 0.05 * steps else 1
         down = (steps - step) / (0.4 * steps) if steps - step < 0.4 * steps else 1
         assert learning_rate(step, steps, 2.0) == pytest.approx(2.0 * up * down) != 0
-    mine = weights(command(steps=["matrices=2", "hidden=2", "kl=0"], name="frozen"))
+    frozen = command(steps=["matrices=2", "hidden=2", "kl=0"], name="frozen")
+    mine = load_file(frozen / "model.safetensors")
     start = student_from(LM.from_pretrained(tiny_out / "teacher"), ["mamba2"] * 2).state_dict()
     for name, tensor in start.items():
         if ".mamba2." not in name or "in_proj" in name:
@@ -518,23 +515,20 @@ def test_settings_of_another_run_are_refused_by_name(command, stopped, tmp_path,
     ("training.json", lambda old: None, "lost its training.json: choose another --out"),
     ("training.json", lambda old: b"[1]", "training.json holds .*expected an object"),
     ("metrics.jsonl", lambda old: b"x\n", "metrics.jsonl, line 1 is not readable JSON"),
-    ("metrics.jsonl", lambda old: b'{"tokens": -1}\n', "metrics.jsonl, line 1: tokens is -1")])
-def test_a_damaged_file_of_a_stopped_run_is_named(command, stopped, file, content, message):
-    content = content((stopped / file).read_bytes())
+    ("metrics.jsonl", lambda old: b'{"tokens": -1}\n', "metrics.jsonl, line 1: tokens is -1"),
+    *((file, None, "did not make.*--out") for file in (
+        "config.json", "metrics.jsonl", "training.json"))])
+def test_a_file_that_is_damaged_or_alone_is_named(command, stopped, file, content, message):
+    """Of a stopped run; alone, it is not what this command made. Nothing is overwritten."""
+    if content is None:
+        shutil.rmtree(stopped)
+        stopped.mkdir()
+    content = content((stopped / file).read_bytes()) if content else b"{}"
     (stopped / file).unlink() if content is None else (stopped / file).write_bytes(content)
     before = files(stopped)
     with pytest.raises(ValueError, match=message):
         command()
     assert files(stopped) == before
-
-
-@pytest.mark.parametrize("file", ["config.json", "metrics.jsonl", "training.json"])
-def test_files_that_this_command_did_not_make_are_not_overwritten(command, file):
-    command.folder.mkdir(parents=True)
-    (command.folder / file).write_text("{}")
-    with pytest.raises(ValueError, match="did not make.*--out"):
-        command()
-    assert files(command.folder) == {file: b"{}"}
 
 
 @pytest.mark.parametrize("option, file", [("--save-every=1", "training.pt"),
@@ -574,7 +568,8 @@ def test_compiling_changes_nothing(command, monkeypatch):
         return graph.forward
     monkeypatch.setattr(torch, "compile",
                         lambda f: (asked.append(f), compile(f, backend=backend))[1])
-    plain, compiled = weights(command()), weights(command("--compile", name="compiled"))
+    plain, compiled = (load_file(folder / "model.safetensors") for folder in (
+        command(), command("--compile", name="compiled")))
     assert len(asked) == 4 and graphs and plain.keys() == compiled.keys()
     for name in plain:
         assert_close(compiled[name], plain[name])
