@@ -28,7 +28,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from torch.nn.utils.rnn import pad_sequence
 
 import hub
 import parallel
@@ -128,7 +127,7 @@ def collate(pairs):
     tokens = [prompt + answer for prompt, answer in pairs]
     labels = [[IGNORE] * (len(prompt) - 1) + answer + [IGNORE] for prompt, answer in pairs]
     valid = [[True] * len(row) for row in tokens]
-    return Batch(*(pad_sequence([*map(torch.tensor, rows)], True, padding)
+    return Batch(*(torch.nn.utils.rnn.pad_sequence([*map(torch.tensor, rows)], True, padding)
                    for rows, padding in ((tokens, 0), (labels, IGNORE), (valid, False))))
 
 
@@ -256,9 +255,8 @@ def mean_over_answers(sum_of, student, teacher, batch):
     counted, models = batch.labels != IGNORE, [lm for lm in (student, teacher) if lm]
     inputs = batch.labels, *(lm.last_state(batch.tokens) for lm in models)
     pieces = list(zip(*(u[counted].split(POSITIONS) for u in inputs)))
-    if len(pieces) > 1:
-        sum_of_piece = recomputed(sum_of_piece)
-    return sum(itertools.starmap(sum_of_piece, pieces)) / counted.sum()
+    function = recomputed(sum_of_piece) if len(pieces) > 1 else sum_of_piece
+    return sum(itertools.starmap(function, pieces)) / counted.sum()
 
 
 def sft(student, teacher, batch):
@@ -288,7 +286,7 @@ class Progress:
     def __init__(self, folder, settings):
         """As the checkpoint says. ValueError if it is of another run."""
         self.folder, self.saved = Path(folder), None
-        self.stage, self.step, self.tokens = 0, 0, 0  # step of the stage, tokens of all stages
+        self.stage = self.step = self.tokens = 0  # step of the stage, tokens of all stages
         self.losses, self.pictures = [], {}  # since the last log line; for matrices.npz
         recorded, names, metrics = self.folder / "training.json", os.listdir(folder), []
         hub.require(not names or recorded.exists() and "steps" in read_json(recorded),
@@ -333,12 +331,12 @@ class Progress:
         print(f"{self.folder.name} {stage.name} {self.step}/{stage.steps} | loss {loss:.4f} | grad "
               f"{norm:.2f} | lr {lr:.1e} | {speed:,} tokens/s | {seconds:.0f} s | eta "
               f"{seconds * (stage.steps / self.step - 1):.0f} s", flush=True)
-        record = dict(stage=stage.name, step=self.step, steps=stage.steps, tokens=self.tokens,
-                      loss=loss, grad_norm=norm, lr=lr, seconds=round(seconds, 2),
-                      tokens_per_second=speed)
         if not parallel.rank():
             with open(self.folder / "metrics.jsonl", "ab") as file:
-                file.write(json_line(record))
+                file.write(json_line(dict(
+                    stage=stage.name, step=self.step, steps=stage.steps, tokens=self.tokens,
+                    loss=loss, grad_norm=norm, lr=lr, seconds=round(seconds, 2),
+                    tokens_per_second=speed)))
 
     def picture(self, moment, models):
         """Keep how the example's tokens are mixed now."""
@@ -348,19 +346,20 @@ class Progress:
 
     def finish(self, lm, tokenizer):
         weights = parallel.whole_state(lm)["model"]
-        if not parallel.rank():
-            if self.pictures:
-                tokens = [tokenizer.decode([i]) for i in self.example[0].tolist()]
-                np.savez_compressed(content := io.BytesIO(), tokens=tokens, **self.pictures)
-                write_bytes(self.folder / "matrices.npz", content.getvalue())
-            tokenizer.save(self.folder)
-            hub.write_checkpoint(self.folder, vars(lm.config), weights)
-            (self.folder / "training.pt").unlink(missing_ok=True)
+        if parallel.rank():
+            return
+        if self.pictures:
+            tokens = [tokenizer.decode([i]) for i in self.example[0].tolist()]
+            np.savez_compressed(content := io.BytesIO(), tokens=tokens, **self.pictures)
+            write_bytes(self.folder / "matrices.npz", content.getvalue())
+        tokenizer.save(self.folder)
+        hub.write_checkpoint(self.folder, vars(lm.config), weights)
+        (self.folder / "training.pt").unlink(missing_ok=True)
 
 
 def mixing_matrices(student, teacher, tokens):
-    """Of the middle replaced layer: its index, and the matrices (3, L, L) float16 of attention and
-    of the mixer, given the teacher's hidden state; () if it has none."""
+    """Of the middle replaced layer: index, matrices (3, L, L) of attention and of the mixer, given
+    the teacher's hidden state; () if it has none."""
     layers = list(replaced(student, teacher, tokens))
     block, source, x, _, rope = layers[len(layers) // 2]
     if not hasattr(block.mixer, "mixing_matrix"):
@@ -397,7 +396,7 @@ def ready(lm, teacher, hardware):
 
 
 def train_in(folder, settings, pairs, stages, lm, teacher, hardware, start):
-    """Train a model, with a teacher or None. settings: all that decides what it learns."""
+    """Train a model. settings: all that decides what it learns."""
     with parallel.exclusively(folder):
         progress = Progress(folder, settings)
         if progress.is_finished:
@@ -405,8 +404,8 @@ def train_in(folder, settings, pairs, stages, lm, teacher, hardware, start):
             print(f"{folder}: finished", flush=True)
             return
         print(f"{folder}: {lm.num_parameters():,} parameters, steps", settings["steps"], flush=True)
-        ids = next((p + a for p, a in pairs if len(p + a) >= 96), sum(pairs[0], []))  # to draw
-        progress.example = torch.tensor([ids[:96]], device=hardware.device)
+        long = next((p + a for p, a in pairs if len(p + a) >= 96), sum(pairs[0], []))
+        progress.example = torch.tensor([long[:96]], device=hardware.device)
         for index, stage in enumerate(stages):
             stage.batches = batches(pairs, settings["batch_tokens"], lm.config.max_length,
                                     f"{settings['seed']} {index}", stage.steps, start)
@@ -449,11 +448,11 @@ def load_pairs(tokenizer, task, limit, subset_seed, prompt_file, only_right=Fals
         not only_right or is_correct(extract_answer(p.solution) or "", p.answer))]
     hub.require(problems, f"{task} has no {'right ' * only_right}worked solutions to train on: a "
                 "column `solution`, or finished samples with a \\boxed{}")
-    template = prompt_template(task, prompt_file)
+    pairs = Pairs(choose_subset(problems, limit, subset_seed), tokenizer,
+                  prompt_template(task, prompt_file))
     content = crc(Path(task).read_bytes()) if os.path.isfile(task) else None
-    settings = dict(task=task, content=content, template=template, only_right=only_right,
-                    limit=limit, subset_seed=subset_seed)
-    return Pairs(choose_subset(problems, limit, subset_seed), tokenizer, template), settings
+    return pairs, dict(task=task, content=content, template=pairs.template, only_right=only_right,
+                       limit=limit, subset_seed=subset_seed)
 
 
 SUFFIX = dict(base="", small="-small", large="-large")  # of names, by --size
