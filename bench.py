@@ -22,7 +22,6 @@ import torch.nn.functional as F
 
 import kernels
 import sample
-from decode_kernels import prepare
 from model import LM, Config, cast
 
 
@@ -46,7 +45,7 @@ def empty_models(shape, dtype):
     n_layers = Config(**llama).n_layers
     hybrid = ["attention" if i in attention else mixer for i in range(n_layers)]
     with torch.device("meta"):
-        models = dict(transformer=LM(Config(**llama, mixers=["attention"] * n_layers)),
+        models = dict(transformer=LM(Config(**llama)),
                       pure=LM(Config(**llama | pure, mixers=["mamba2"] * n_layers)),
                       hybrid=LM(Config(**llama, mixers=hybrid)))
         return {pattern: cast(lm, "meta", dtype) for pattern, lm in models.items()}
@@ -60,10 +59,8 @@ def sizes(lm, states=None):
 
 
 def bytes_per_token(weights, token, state, rows, prompt, new):
-    """What decoding has to move for each of `new` tokens of a row, on average, given `sizes`.
-
-    A step reads the weights once for all rows, a row's cache up to its length, and its state; it
-    writes a token of the cache and the state.
+    """What decoding has to move for each of `new` tokens of a row, on average: a step reads the
+    weights once for all rows, a row's cache and its state; it writes a token of it and the state.
     """
     context = prompt + (new + 1) / 2  # the mean of prompt + 1, ..., prompt + new
     return weights / rows + context * token + 2 * state
@@ -71,10 +68,8 @@ def bytes_per_token(weights, token, state, rows, prompt, new):
 
 def ceilings(shape, batch, prompt, generate, memory):
     """Yield tokens/s over the Transformer's by bytes alone (and rows: each of `batch`, then what
-    fills `memory` GB); weights and caches in bfloat16, states in 32 or 16 bits.
-
-    Where bytes bind, the bandwidth drops out of the ratio; with thousands of rows arithmetic does.
-    """
+    fills `memory` GB); weights and caches in bfloat16, states in 32 or 16 bits. With thousands of
+    rows it is arithmetic that binds."""
     for name in shape:
         models = empty_models(name, torch.bfloat16)
         for rows, new in itertools.product([*batch, None], generate):
@@ -101,10 +96,8 @@ def speed_of(tokens, work, *arguments):
 
 
 def race(runs, repeats, **about):
-    """Yield a dict of `about`, name and speed for each of some runs, which take turns.
-
-    runs: {name: (function that returns tokens per second, *its arguments)}.
-    """
+    """Yield a dict of `about`, name and speed for each of some runs, which take turns: {name:
+    (function that returns tokens per second, *its arguments)}."""
     turns = np.array([[function(*arguments) for function, *arguments in runs.values()]
                       for _ in range(repeats)])  # (repeats, runs)
     for name, speeds, ratios in zip(runs, turns.T, (turns / turns[:, :1]).T):
@@ -114,7 +107,7 @@ def race(runs, repeats, **about):
 
 # ---- decoding
 POSITIONS, STEPS = 8, 8  # lengths of the context; steps timed at each, on a GPU one visit
-ROOM = 32  # tokens of room behind the last: no row is ever done
+ROOM = 32  # tokens behind the last: no row is ever done
 
 
 def full_batch(empty, device, rows, prompt, new):
@@ -122,7 +115,7 @@ def full_batch(empty, device, rows, prompt, new):
     lm = copy.deepcopy(empty).requires_grad_(False).to_empty(device=device)
     for parameter in lm.parameters():
         parameter.normal_(std=0.02)
-    batch = sample.Batch(prepare(lm), rows, prompt + new + ROOM, new + ROOM, (),
+    batch = sample.Batch(sample.prepare(lm), rows, prompt + new + ROOM, new + ROOM, (),
                          lambda logits, u: sample.choose_tokens(logits, u, temperature=0.8))
     batch.done.fill_(False)
     for layer in batch.state.layers:
@@ -155,12 +148,15 @@ def decoding_speed(empty, device, rows, prompt, new):
         return np.nan
 
 
-def bench_decoding(shape, batch, prompt, generate, repeats, device, dtype):
-    """Yield speeds of new tokens, the ratio's ceiling by bytes, and GB/s of what has to move."""
+def bench_decoding(shape, batch, prompt, generate, repeats, device, dtype, state_dtype):
+    """Yield speeds, the ratio's ceiling by bytes, and GB/s of what has to move."""
     for name, rows, new in itertools.product(shape, batch, generate):
+        models = empty_models(name, dtype)
+        for lm in models.values():
+            lm.state_dtype = state_dtype
         runs = {pattern: (decoding_speed, lm, device, rows, prompt, new)
-                for pattern, lm in empty_models(name, dtype).items()}
-        moved = [bytes_per_token(*sizes(lm), rows, prompt, new) for _, lm, *_ in runs.values()]
+                for pattern, lm in models.items()}
+        moved = [bytes_per_token(*sizes(lm), rows, prompt, new) for lm in models.values()]
         lines = race(runs, repeats, shape=name, batch=rows, prompt=prompt, generate=new)
         for line, mine in zip(lines, moved):
             yield line | {"ceiling": moved[0] / mine, "GB/s": line["tokens/s"] * mine / 1e9}
@@ -170,7 +166,7 @@ def bench_decoding(shape, batch, prompt, generate, repeats, device, dtype):
 def bench_against(against, batch, prompt, generate, repeats, device, dtype):
     """Yield speeds of a Llama's texts, prompts included, in transformers and here."""
     from transformers import AutoModelForCausalLM, GenerationConfig
-    ours = prepare(LM.from_pretrained(against, device, dtype))
+    ours = sample.prepare(LM.from_pretrained(against, device, dtype))
     if set(ours.config.mixers) != {"attention"}:
         raise ValueError(f"--against {against} is not a Llama")
     theirs = AutoModelForCausalLM.from_pretrained(against, dtype=dtype).to(device).eval()
@@ -191,7 +187,7 @@ def bench_against(against, batch, prompt, generate, repeats, device, dtype):
 
 # ---- kernels and peers
 def ours(**inputs):
-    return kernels.selective_scan(**inputs, dt_softplus=True)[0]
+    return kernels.selective_scan(**inputs, dt_softplus=True)
 
 
 def mambapy(x, dt, A, B, C, D, z, dt_bias):
@@ -204,13 +200,12 @@ def mambapy(x, dt, A, B, C, D, z, dt_bias):
 
 
 def bench_kernels(shape, batch, prompt, repeats, device, dtype):
-    """Yield speeds of selective scans, forward and backward, N = 16, and the largest difference of
-    y and all gradients from ours."""
+    """Yield speeds of scans, forward and backward, N = 16, and the largest error of y and all
+    gradients."""
     for name, rows in itertools.product(shape, batch):
-        channels, found, runs = Config(**SHAPES[name][0]).d_model, [], {}
-        inputs = kernels.random_inputs(kernels.SCAN_SHAPES, rows, prompt, channels, 16, dtype,
-                                       device)
-        work = kernels.values_and_gradients
+        found, runs, work = [], {}, kernels.values_and_gradients
+        inputs = kernels.random_inputs(kernels.SCAN_SHAPES, rows, prompt,
+                                       Config(**SHAPES[name][0]).d_model, 16, dtype, device)
         for scan in ours, mambapy:
             try:
                 found.append(work(scan, inputs))  # warms up, too
@@ -225,7 +220,7 @@ def bench_kernels(shape, batch, prompt, repeats, device, dtype):
 # ---- the script
 def numbers(text):
     """An argparse type: whole numbers with commas between them."""
-    return [number(1, 10 ** 7)(part) for part in text.split(",")]
+    return [*map(number(1, 10 ** 7), text.split(","))]
 
 
 def parse_args(argv=None):
@@ -257,23 +252,22 @@ def report(lines, path, **about):
         for row in [cells] if i else [line, cells]:
             print("".join(f"{cell:>14}" for cell in row), flush=True)
         with open(path, "ab") as f:
-            f.write(json_line(about | {k: None if v != v else v for k, v in line.items()}))
+            f.write(json_line(about | {k: v if v == v else None for k, v in line.items()}))
 
 
 def main(argv=None):
     args = parse_args(argv)
-    sizes = args.batch, args.prompt, args.generate
+    sizes, shape = (args.batch, args.prompt, args.generate), args.shape or ["tiny"]
     if args.ceiling:
         return report(ceilings(args.shape or list(SHAPES)[-3:], *sizes, args.memory), os.devnull)
     device, dtype = choose_device(args.device, args.dtype)
-    LM.state_dtype = getattr(torch, args.state_dtype)
-    shape, where = args.shape or ["tiny"], (args.repeats, device, dtype)
+    where = args.repeats, device, dtype
     if args.against:
         lines = bench_against(args.against, *sizes, *where)
     elif args.kernels:
         lines = bench_kernels(shape, *sizes[:2], *where)
     else:
-        lines = bench_decoding(shape, *sizes, *where)
+        lines = bench_decoding(shape, *sizes, *where, getattr(torch, args.state_dtype))
     os.makedirs(args.out, exist_ok=True)
     report(lines, os.path.join(args.out, "bench.jsonl"), device=device_name(device),
            dtype=str(dtype)[6:], state_dtype=args.state_dtype, date=time.strftime("%F"))

@@ -28,7 +28,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from torch.nn.utils.rnn import pad_sequence
 
 import hub
 import parallel
@@ -40,30 +39,28 @@ IGNORE = -100  # label of a position whose prediction does not count
 
 
 # ---- losses
-def divergence(student, teacher, labels=None, direction="forward"):
+def divergence(student, teacher, labels, direction):
     """Sum over tokens of KL(teacher || student) = sum_v p_T (log p_T - log p_S), float32.
 
     So the student pays for what it does not cover (MambaInLlama); with "reverse", the two swapped,
     for what the teacher would not say (M1). Logits (tokens, V) -> scalar.
     """
-    student = F.log_softmax(student.float(), dim=-1)
-    teacher = F.log_softmax(teacher.detach().float(), dim=-1)
+    student, teacher = student.float().log_softmax(-1), teacher.detach().float().log_softmax(-1)
     if direction == "reverse":
         student, teacher = teacher, student  # F.kl_div(q, p) is KL(p || q)
     return F.kl_div(student, teacher, log_target=True, reduction="sum")
 
 
 def kl_loss(student_logits, teacher_logits, labels, direction="forward"):
-    """Mean of `divergence` over answer tokens. The teacher gets no gradient. Logits (B, L, V),
-    labels (B, L) -> scalar."""
+    """Mean of `divergence` over answer tokens. Logits (B, L, V), labels (B, L) -> scalar."""
     counted = labels != IGNORE
-    logits = student_logits[counted], teacher_logits[counted]
-    return divergence(*logits, direction=direction) / counted.sum()
+    total = divergence(student_logits[counted], teacher_logits[counted], None, direction)
+    return total / counted.sum()
 
 
 def replaced(student, teacher, tokens):
-    """Yield the layers whose mixer is of another class than the teacher's: student's and teacher's
-    block, the teacher's residual stream (B, L, d_model) before and after it, and the rope."""
+    """Yield for each layer whose mixer is of another class than the teacher's: both blocks, the
+    teacher's residual stream (B, L, d_model) before and after its own, and the rope."""
     with torch.no_grad():
         states = list(teacher.hidden_states(tokens))
         rope = teacher.rope(torch.arange(tokens.shape[1], device=tokens.device)[None])
@@ -83,7 +80,7 @@ def matrix_loss(student, teacher, tokens, valid):
         for block, source, x, _, rope in replaced(student, teacher, tokens):
             attention = source.mixing_matrix(x, rope).detach()  # (B, H, L, L)
             difference = (block.mixing_matrix(x, rope) - attention) * valid[:, None, :, None]
-            loss = loss + difference.square().sum((2, 3)).sqrt().mean()
+            loss += difference.square().sum((2, 3)).sqrt().mean()
     return loss
 
 
@@ -96,7 +93,7 @@ def hidden_loss(student, teacher, tokens, valid):
     loss = 0.0
     for block, _, x, target, rope in replaced(student, teacher, tokens):
         distance = (block(x, rope).float() - target.float()).norm(dim=-1)  # (B, L)
-        loss = loss + (distance * valid).sum() / valid.sum()
+        loss += (distance * valid).sum() / valid.sum()
     return loss
 
 
@@ -112,7 +109,7 @@ class Batch(NamedTuple):
     valid: torch.Tensor  # (B, L): which tokens are real
 
     def size(self, of):
-        """How many rows, tokens or answers (tokens with a label) it has."""
+        """How many of these it has: rows, tokens or answer tokens."""
         counted = dict(rows=self.valid[:, 0], tokens=self.valid, answers=self.labels != IGNORE)
         return int(counted[of].sum())
 
@@ -130,7 +127,7 @@ def collate(pairs):
     tokens = [prompt + answer for prompt, answer in pairs]
     labels = [[IGNORE] * (len(prompt) - 1) + answer + [IGNORE] for prompt, answer in pairs]
     valid = [[True] * len(row) for row in tokens]
-    return Batch(*(pad_sequence([torch.tensor(row) for row in rows], True, padding)
+    return Batch(*(torch.nn.utils.rnn.pad_sequence([*map(torch.tensor, rows)], True, padding)
                    for rows, padding in ((tokens, 0), (labels, IGNORE), (valid, False))))
 
 
@@ -141,10 +138,10 @@ def batches(pairs, tokens_per_batch, max_length, seed, steps=0, start=1.0):
     stage of `steps` starts with those up to `start` of the longest, and has all from its half on.
     """
     def length(pair):
-        return len(pair[0]) + len(pair[1])
+        return sum(map(len, pair))
     rng, step = random.Random(seed), 0
     while True:
-        before, order = step, rng.sample(range(len(pairs)), len(pairs))
+        order = rng.sample(range(len(pairs)), len(pairs))
         for first in range(0, len(order), 512):
             pool = sorted((pairs[i] for i in order[first:first + 512]), key=length)
             pool = [pair for pair in pool if length(pair) <= max_length]
@@ -159,7 +156,7 @@ def batches(pairs, tokens_per_batch, max_length, seed, steps=0, start=1.0):
             for group in filter(None, groups):
                 yield collate(group)
                 step += 1
-        if step == before:
+        if not step:
             raise ValueError(f"every solution is longer than max_length = {max_length} tokens")
 
 
@@ -178,7 +175,7 @@ class Stage:
 
 def learning_rate(step, steps, peak):
     """Warm-up, stable, decay: up from 0 over the first 5% of the steps, down over the last 40%."""
-    return peak * min(1.0, (step + 1) / max(1, 0.05 * steps), (steps - step) / max(1, 0.4 * steps))
+    return peak * min(1.0, (step + 1) / (0.05 * steps), (steps - step) / (0.4 * steps))
 
 
 def make_optimizer(lm, lr):
@@ -192,8 +189,7 @@ def make_optimizer(lm, lr):
 
 
 def train(progress, models, stages, hardware):
-    """Run the stages from where `progress` stands, which also logs and saves. models: student and
-    teacher, called as models(loss, batch)."""
+    """Run the stages from where `progress` stands. models: a parallel.Pair."""
     lm = models.lm
     for index, stage in list(enumerate(stages))[progress.stage:]:
         lm.requires_grad_(not stage.mixers_only)
@@ -222,9 +218,9 @@ def train(progress, models, stages, hardware):
 
 
 def gradient(models, stage, batch, hardware):
-    """The loss of a batch, whose gradient is added to the parameters piece by piece, over all
-    processes: weighted by their shares, pieces add up to the batch."""
-    world, loss = parallel.world(), torch.zeros((), device=hardware.device)
+    """The loss of a batch; adds its gradient to the parameters piece by piece, over all processes:
+    weighted by their shares, pieces add up to the batch."""
+    world, loss = parallel.world(), 0.0
     count = world * min(hardware.accumulate, math.ceil(len(batch.valid) / world))
     for index in range(parallel.rank(), count, world):
         piece, share = batch.piece(index, count, stage.mean_over)
@@ -242,47 +238,41 @@ STUDENTS = dict(pure=("mohawk", "mamba2", ()), hybrid=("mambainllama", "mamba2",
 # a recipe's stages and their steps
 STEPS = dict(mohawk=dict(matrices=60, hidden=200, kl=4400, sft=0),
              mambainllama=dict(kl=4500, sft=0))
-POSITIONS = 1024  # answer tokens whose logits are in memory at once
+POSITIONS = 1024  # answer tokens whose logits are in memory at once: all would outweigh the rest
 MATRIX_LENGTH = 128  # tokens of a row in orientation: memory grows with its square
 START = dict.fromkeys(BUILT_IN, 0.15)  # a task's, see batches; others have none
 
 
-def mean_over_answers(sum_of, batch, *models):
-    """Mean over answer tokens of sum_of(each model's logits (tokens, V), labels (tokens,)).
+def recomputed(function):
+    """It keeps only its inputs, and runs again for its gradients."""
+    return partial(torch.utils.checkpoint.checkpoint, function, use_reentrant=False)
 
-    POSITIONS tokens at a time, whose logits are computed again for their gradients: with a
-    vocabulary of 100,000 they would take more memory than all else.
-    """
-    def logits_and_sum(*inputs):
-        return sum_of(*(lm.head(x) for lm, x in zip(models, inputs)), inputs[-1])
-    counted = batch.labels != IGNORE
-    states = [lm.last_state(batch.tokens)[counted] for lm in models]  # (tokens, d_model) each
-    pieces = list(zip(*(u.split(POSITIONS) for u in (*states, batch.labels[counted]))))
-    if len(pieces) > 1:
-        logits_and_sum = partial(torch.utils.checkpoint.checkpoint, logits_and_sum,
-                                 use_reentrant=False)
-    return sum(logits_and_sum(*piece) for piece in pieces) / counted.sum()
+
+def mean_over_answers(sum_of, student, teacher, batch):
+    """Mean over answer tokens of sum_of(each model's logits (tokens, V), labels (tokens,))."""
+    def sum_of_piece(labels, *states):
+        return sum_of(*(lm.head(x).float() for lm, x in zip(models, states)), labels)
+    counted, models = batch.labels != IGNORE, [lm for lm in (student, teacher) if lm]
+    inputs = batch.labels, *(lm.last_state(batch.tokens) for lm in models)
+    pieces = list(zip(*(u[counted].split(POSITIONS) for u in inputs)))
+    function = recomputed(sum_of_piece) if len(pieces) > 1 else sum_of_piece
+    return sum(itertools.starmap(function, pieces)) / counted.sum()
 
 
 def sft(student, teacher, batch):
     """Fine-tuning on solutions, without a teacher: mean over answer tokens of -log p."""
-    return mean_over_answers(lambda logits, labels: F.cross_entropy(
-        logits.float(), labels, reduction="sum"), batch, student)
+    return mean_over_answers(partial(F.cross_entropy, reduction="sum"), student, None, batch)
 
 
 def student_stages(steps, lr, direction):
-    """The Stages of a student's training that have steps, in their order."""
-    def matrices(student, teacher, batch):
-        return matrix_loss(student, teacher, batch.tokens[:, :MATRIX_LENGTH],
-                           batch.valid[:, :MATRIX_LENGTH])
+    """The Stages that have steps, in their order."""
+    def layers(loss, length, student, teacher, batch):
+        return loss(student, teacher, batch.tokens[:, :length], batch.valid[:, :length])
 
-    def hidden(student, teacher, batch):
-        return hidden_loss(student, teacher, batch.tokens, batch.valid)
 
-    def kl(student, teacher, batch):
-        return mean_over_answers(partial(divergence, direction=direction), batch, student, teacher)
-
-    stages = dict(matrices=(lr, matrices, "rows", True), hidden=(lr, hidden, "tokens", True),
+    kl = partial(mean_over_answers, partial(divergence, direction=direction))
+    stages = dict(matrices=(lr, partial(layers, matrix_loss, MATRIX_LENGTH), "rows", True),
+                  hidden=(lr, partial(layers, hidden_loss, None), "tokens", True),
                   kl=(lr, kl), sft=(lr / 10, sft))
     return [Stage(name, steps[name], *rest) for name, rest in stages.items() if steps.get(name)]
 
@@ -294,22 +284,21 @@ class Progress:
     POSITION = "stage", "step", "tokens", "losses", "pictures"
 
     def __init__(self, folder, settings):
-        """As the checkpoint there says. ValueError if it is of another run."""
+        """As the checkpoint says. ValueError if it is of another run."""
         self.folder, self.saved = Path(folder), None
-        self.stage, self.step, self.tokens = 0, 0, 0  # step of the stage, tokens of all stages
+        self.stage = self.step = self.tokens = 0  # step of the stage, tokens of all stages
         self.losses, self.pictures = [], {}  # since the last log line; for matrices.npz
         recorded, names, metrics = self.folder / "training.json", os.listdir(folder), []
-        if names and not (recorded.exists() and "steps" in read_json(recorded)):
-            raise ValueError(f"{folder} holds what this command did not make, or lost its "
-                             f"training.json: choose another --out")
+        hub.require(not names or recorded.exists() and "steps" in read_json(recorded),
+                    f"{folder} holds what this command did not make, or lost its training.json: "
+                    f"choose another --out")
         begun = "training.pt" in names
         self.is_finished = "config.json" in names and not begun
         same_settings(recorded, settings, begun or self.is_finished)
         if begun:
             path = self.folder / "training.pt"
             with hub.naming(f"{path} (delete it to start over)"):
-                if zipfile.ZipFile(path).testzip():
-                    raise ValueError("a checksum differs")
+                hub.require(not zipfile.ZipFile(path).testzip(), "a checksum differs")
                 self.saved = torch.load(path, weights_only=True, map_location="cpu")
                 vars(self).update((name, self.saved["position"][name]) for name in self.POSITION)
             metrics = read_jsonl(self.folder / "metrics.jsonl", dict(tokens=int), torn=True)
@@ -334,22 +323,20 @@ class Progress:
             self.saved = None
 
     def log(self, stage, lr, norm):
-        """To the reader, and to metrics.jsonl."""
         loss, seconds = sum(self.losses) / len(self.losses), time.perf_counter() - self.began[0]
         self.losses = []
-        if not math.isfinite(loss):
-            raise ValueError(f"the loss of stage {stage.name} is {loss} at step {self.step}: "
-                             f"lower --lr or change --seed")
+        hub.require(math.isfinite(loss), f"the loss of stage {stage.name} is {loss} at step "
+                    f"{self.step}: lower --lr or change --seed")
         speed = round((self.tokens - self.began[1]) / seconds)
         print(f"{self.folder.name} {stage.name} {self.step}/{stage.steps} | loss {loss:.4f} | grad "
               f"{norm:.2f} | lr {lr:.1e} | {speed:,} tokens/s | {seconds:.0f} s | eta "
               f"{seconds * (stage.steps / self.step - 1):.0f} s", flush=True)
-        record = dict(stage=stage.name, step=self.step, steps=stage.steps, tokens=self.tokens,
-                      loss=loss, grad_norm=norm, lr=lr, seconds=round(seconds, 2),
-                      tokens_per_second=speed)
         if not parallel.rank():
             with open(self.folder / "metrics.jsonl", "ab") as file:
-                file.write(json_line(record))
+                file.write(json_line(dict(
+                    stage=stage.name, step=self.step, steps=stage.steps, tokens=self.tokens,
+                    loss=loss, grad_norm=norm, lr=lr, seconds=round(seconds, 2),
+                    tokens_per_second=speed)))
 
     def picture(self, moment, models):
         """Keep how the example's tokens are mixed now."""
@@ -359,19 +346,20 @@ class Progress:
 
     def finish(self, lm, tokenizer):
         weights = parallel.whole_state(lm)["model"]
-        if not parallel.rank():
-            if self.pictures:
-                tokens = [tokenizer.decode([i]) for i in self.example[0].tolist()]
-                np.savez_compressed(content := io.BytesIO(), tokens=tokens, **self.pictures)
-                write_bytes(self.folder / "matrices.npz", content.getvalue())
-            tokenizer.save(self.folder)
-            hub.write_checkpoint(self.folder, vars(lm.config), weights)
-            (self.folder / "training.pt").unlink(missing_ok=True)
+        if parallel.rank():
+            return
+        if self.pictures:
+            tokens = [tokenizer.decode([i]) for i in self.example[0].tolist()]
+            np.savez_compressed(content := io.BytesIO(), tokens=tokens, **self.pictures)
+            write_bytes(self.folder / "matrices.npz", content.getvalue())
+        tokenizer.save(self.folder)
+        hub.write_checkpoint(self.folder, vars(lm.config), weights)
+        (self.folder / "training.pt").unlink(missing_ok=True)
 
 
 def mixing_matrices(student, teacher, tokens):
-    """Of the middle replaced layer: its index, and the matrices (3, L, L) float16 of attention and
-    of the mixer, given the teacher's hidden state; () if it has none."""
+    """Of the middle replaced layer: index, matrices (3, L, L) of attention and of the mixer, given
+    the teacher's hidden state; () if it has none."""
     layers = list(replaced(student, teacher, tokens))
     block, source, x, _, rope = layers[len(layers) // 2]
     if not hasattr(block.mixer, "mixing_matrix"):
@@ -393,8 +381,8 @@ class Hardware:
 
     def __post_init__(self):
         self.device, self.dtype = choose_device(self.device, self.dtype)
-        if self.compile and not shutil.which(os.environ.get("CXX", "c++")):
-            raise ValueError("--compile needs a C++ compiler: install g++, or set CXX")
+        hub.require(not self.compile or shutil.which(os.environ.get("CXX", "c++")),
+                    "--compile needs a C++ compiler: install g++, or set CXX")
 
 
 def ready(lm, teacher, hardware):
@@ -403,13 +391,12 @@ def ready(lm, teacher, hardware):
     for block in models.blocks if hardware.compile else ():
         block.forward = torch.compile(block.forward)
     for block in lm.layers if hardware.checkpoint_activations else ():
-        block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward,
-                                use_reentrant=False)
+        block.forward = recomputed(block.forward)
     return parallel.shard(models, hardware.device)
 
 
 def train_in(folder, settings, pairs, stages, lm, teacher, hardware, start):
-    """Train a model, with a teacher or None. settings: all that decides what it learns."""
+    """Train a model. settings: all that decides what it learns."""
     with parallel.exclusively(folder):
         progress = Progress(folder, settings)
         if progress.is_finished:
@@ -417,9 +404,8 @@ def train_in(folder, settings, pairs, stages, lm, teacher, hardware, start):
             print(f"{folder}: finished", flush=True)
             return
         print(f"{folder}: {lm.num_parameters():,} parameters, steps", settings["steps"], flush=True)
-        # to draw: the first long solution
-        ids = next((p + a for p, a in pairs if len(p + a) >= 96), sum(pairs[0], []))[:96]
-        progress.example = torch.tensor([ids], device=hardware.device)
+        long = next((p + a for p, a in pairs if len(p + a) >= 96), sum(pairs[0], []))
+        progress.example = torch.tensor([long[:96]], device=hardware.device)
         for index, stage in enumerate(stages):
             stage.batches = batches(pairs, settings["batch_tokens"], lm.config.max_length,
                                     f"{settings['seed']} {index}", stage.steps, start)
@@ -432,7 +418,6 @@ def train_in(folder, settings, pairs, stages, lm, teacher, hardware, start):
 
 
 def distill(folder, settings, pairs, source, hardware):
-    """Make a student of the teacher in `source`."""
     teacher = LM.from_pretrained(source, dtype=torch.float32).eval().requires_grad_(False)
     torch.manual_seed(settings["seed"])
     lm = student_from(teacher, settings["mixers"], settings["d_state"], settings["transfer"])
@@ -452,8 +437,8 @@ def add_shared_options(parser):
     add("--accumulate", type=number(1), default=1, help="pieces of a batch, for less memory")
     add("--checkpoint-activations", action="store_true", help="for less memory")
     add("--compile", action="store_true", help="use torch.compile")
-    add("--log-every", type=number(1), default=100, help="steps")
-    add("--save-every", type=number(1), default=100, help="steps")
+    for option in "--log-every", "--save-every":
+        add(option, type=number(1), default=100, help="steps")
     add("--out", default="out", help="models go to OUT/<name>")
 
 
@@ -461,14 +446,13 @@ def load_pairs(tokenizer, task, limit, subset_seed, prompt_file, only_right=Fals
     """The Pairs of a task's worked solutions, and the settings that choose them."""
     problems = [p for p in load_task(task, "train") if p.solution and (
         not only_right or is_correct(extract_answer(p.solution) or "", p.answer))]
-    if not problems:
-        raise ValueError(f"{task} has no {'right ' * only_right}worked solutions to train on: a "
-                         f"column `solution`, or finished samples with a \\boxed{{}}")
-    template = prompt_template(task, prompt_file)
+    hub.require(problems, f"{task} has no {'right ' * only_right}worked solutions to train on: a "
+                "column `solution`, or finished samples with a \\boxed{}")
+    pairs = Pairs(choose_subset(problems, limit, subset_seed), tokenizer,
+                  prompt_template(task, prompt_file))
     content = crc(Path(task).read_bytes()) if os.path.isfile(task) else None
-    settings = dict(task=task, content=content, template=template, only_right=only_right,
-                    limit=limit, subset_seed=subset_seed)
-    return Pairs(choose_subset(problems, limit, subset_seed), tokenizer, template), settings
+    return pairs, dict(task=task, content=content, template=pairs.template, only_right=only_right,
+                       limit=limit, subset_seed=subset_seed)
 
 
 SUFFIX = dict(base="", small="-small", large="-large")  # of names, by --size
@@ -483,9 +467,9 @@ def built_in_teacher(folder, task):
     """The teacher in a folder; for arithmetic the one that ships is copied there."""
     assets = Path(__file__).parent / "assets" / folder.name
     if not parallel.rank() and not (folder / "config.json").exists():
-        if not assets.exists() or task != "arithmetic" or (folder / "training.pt").exists():
-            raise ValueError(f"no finished teacher in {folder}: run python teacher.py, with the "
-                             f"same --size, or use --teacher")
+        hub.require(assets.exists() and task == "arithmetic" and not (
+            folder / "training.pt").exists(), f"no finished teacher in {folder}: run python "
+            "teacher.py, with the same --size, or use --teacher")
         print(f"{folder}: the teacher that ships", flush=True)
         for file in sorted(assets.iterdir(), reverse=True):  # config.json is the last
             if not (folder / file.name).exists():
@@ -500,13 +484,13 @@ def student_settings(name, config, task, recipe, mixer, layers, steps, scale, lr
     recipe, mixer = recipe or student[0], mixer or student[1]
     layers = student[2] if layers is None else layers
     mixers = [kept if i in layers else mixer for i, kept in enumerate(config.mixers)]
-    if mixers == config.mixers or not {*layers} <= {*range(config.n_layers)}:
-        raise ValueError(f"--attention-layers {layers}: nothing to distil; keep some, not all, of "
-                         f"layers 0 to {config.n_layers - 1}")
+    hub.require(mixers != config.mixers and {*layers} <= {*range(config.n_layers)},
+                f"--attention-layers {layers}: nothing to distil; keep some, not all, of layers 0 "
+                f"to {config.n_layers - 1}")
     steps = {stage: steps.get(stage, steps.get("all", round(count * scale)))
              for stage, count in STEPS[recipe].items()}
-    if steps.get("matrices") and not hasattr(MIXERS[mixer], "mixing_matrix"):
-        raise ValueError(f"--mixer {mixer} has no matrix to orient: add --steps matrices=0")
+    hub.require(not steps.get("matrices") or hasattr(MIXERS[mixer], "mixing_matrix"),
+                f"--mixer {mixer} has no matrix to orient: add --steps matrices=0")
     # the built-in task's batches are cheap: it is updates that count
     usual = (5e-4, 768) if task == "arithmetic" else (2e-3 * min(1.0, 64 / config.d_model), 6144)
     return dict(recipe=recipe, mixers=mixers, steps=steps, lr=lr or usual[0],
@@ -525,7 +509,7 @@ def stage_steps(text):  # "kl=200", or "200" for all
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument_group("what to make").add_argument
-    add("--student", nargs="+", type=folder_name, metavar="NAME", default=["pure", "hybrid"],
+    add("--student", nargs="+", type=folder_name, metavar="NAME", default=[*STUDENTS],
         help="defaults are hybrid's if it starts with hybrid, else pure's")
     add("--teacher", help="folder or Hugging Face repository of a Llama; default: OUT/teacher")
     add("--size", choices=SUFFIX, default="base", help="of the teacher, OUT/teacher-SIZE; "
@@ -555,7 +539,7 @@ def main(argv=None):
     args = parse_args(argv)
     steps, suffix, task = dict(args.steps), SUFFIX[args.size], task_for(args.size, args.task)
     with parallel.processes(args.device):
-        hardware = Hardware(**{name: getattr(args, name) for name in Hardware.__annotations__})
+        hardware = Hardware(*(getattr(args, name) for name in Hardware.__annotations__))
         source = args.teacher or built_in_teacher(Path(args.out, "teacher" + suffix), task)
         config = Config(**hub.read_config(hub.checkpoint_folder(source)))
         students = {name + suffix: student_settings(

@@ -5,18 +5,15 @@ weights are gathered around its call. Checkpoints hold whole tensors.
 """
 import contextlib
 import datetime
-import multiprocessing
+import multiprocessing.connection
 import os
 import sys
 import threading
 import time
-from multiprocessing.connection import wait as wait_for
-
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict as dcp
 import torch.nn as nn
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_state_dict,
-                                                     set_state_dict)
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from common import locked, run
@@ -34,7 +31,6 @@ def world():
 
 
 def wait():
-    """Wait until all processes are here."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -48,7 +44,7 @@ def total(value):
 
 @contextlib.contextmanager
 def exclusively(folder):
-    """Work in a folder that the first process locks against other commands."""
+    """Work in a folder that is locked against other commands."""
     with contextlib.nullcontext() if rank() else locked(folder):
         wait()  # until it is there
         yield folder
@@ -56,13 +52,13 @@ def exclusively(folder):
 
 @contextlib.contextmanager
 def processes(device):
-    """Meet torchrun's other processes. Only the first one prints; all end with the block."""
+    """Meet torchrun's other processes: only the first prints, all end with the block."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
     gpus, here = torch.cuda.device_count() * (device != "cpu"), int(os.environ["LOCAL_WORLD_SIZE"])
-    day = datetime.timedelta(days=1)  # some wait while one works
-    dist.init_process_group("nccl" if gpus else "gloo", timeout=day)
+    # a day: some wait while one works
+    dist.init_process_group("nccl" if gpus else "gloo", timeout=datetime.timedelta(days=1))
     try:
         if 0 < gpus < here:
             raise ValueError(f"--nproc_per_node={here}: lower it to {gpus}, or use --device cpu")
@@ -82,7 +78,7 @@ def processes(device):
 
 # ---- FSDP2
 class Pair(nn.Module):
-    """A model in training and its teacher or None: FSDP gathers embeddings around a call."""
+    """A model in training and its teacher or None. FSDP gathers embeddings around a call."""
 
     def __init__(self, lm, teacher=None):
         super().__init__()
@@ -113,16 +109,17 @@ def shard(pair, device):
 
 def whole_state(lm, *optimizers):
     """dict(model=weights, optimizer=moments), whole tensors in the first process."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return dict(zip(("model", "optimizer"), get_state_dict(lm, optimizers, options=options)))
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    model, moments = dcp.get_state_dict(lm, optimizers, options=options)
+    return dict(model=model, optimizer=moments)
 
 
 def load_whole_state(lm, optimizer, state):
     """Give every process its part of a whole_state."""
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world() > 1,
-                               strict=False)  # weights that no loss has reached have no moments
-    set_state_dict(lm, optimizer, model_state_dict=state["model"],
-                   optim_state_dict=state["optimizer"], options=options)
+    options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=world() > 1,
+                                   strict=False)  # weights without a gradient have no moments
+    dcp.set_state_dict(lm, optimizer, model_state_dict=state["model"],
+                       optim_state_dict=state["optimizer"], options=options)
 
 
 # ---- side by side
@@ -144,13 +141,13 @@ def run_all(jobs, device):
             job()
         return
     threads = max(1, torch.get_num_threads() // len(jobs))
-    spawn = multiprocessing.get_context("spawn").Process
-    # daemons: Python's end ends them
+    spawn = multiprocessing.get_context("spawn").Process  # as daemons: Python's end ends them
     children = [spawn(target=begin, args=(job, threads), daemon=True) for job in jobs]
     for child in children:
         child.start()
     # asked for once a round: a sentinel is there a moment before its code is
     while None in (codes := [child.exitcode for child in children]) and not any(codes):
-        wait_for([child.sentinel for child, code in zip(children, codes) if code is None])
+        multiprocessing.connection.wait(
+            [child.sentinel for child, code in zip(children, codes) if code is None])
     if any(codes):
         raise SystemExit(next(filter(None, codes)))

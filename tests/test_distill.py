@@ -43,17 +43,24 @@ def literal_loss(kind, student, teacher, labels):
 @pytest.mark.parametrize("kind", ["forward", "reverse", "sft"])
 def test_losses_are_means_over_answer_tokens(kind):
     """Red for swapped directions, a mean over all positions or rows, a sum that grows with the
-    length (F.kl_div's "batchmean"), or padding that counts. In float32, whatever the logits are."""
+    length (F.kl_div's "batchmean"), or padding that counts. In float32, whatever the logits are.
+    The teacher gets no gradient; KL is zero for equal distributions only."""
     def ours(student, teacher, labels):
         if kind == "sft":
             lm = SimpleNamespace(last_state=lambda tokens: student, head=lambda x: x)
             return distill.sft(lm, None, Batch(None, labels, None))
         return kl_loss(student, teacher, labels, kind)
     torch.manual_seed(0)
-    student, teacher, labels = *(2 * torch.randn(2, 3, 6, 7)), torch.randint(7, (3, 6))
+    student, teacher = (t.requires_grad_() for t in 2 * torch.randn(2, 3, 6, 7))
+    labels = torch.randint(7, (3, 6))
     labels[0, :4], labels[1, 5:] = IGNORE, IGNORE
     expected, half = literal_loss(kind, student, teacher, labels), (student.half(), teacher.half())
-    assert_close(ours(student, teacher, labels), expected)
+    assert_close(loss := ours(student, teacher, labels), expected)
+    loss.backward()
+    assert loss > 0.1 and teacher.grad is None
+    assert (student.grad.abs().sum(-1) > 0).equal(labels != IGNORE)
+    if kind != "sft":  # a constant added to all logits of a token does not count
+        assert abs(ours(student, student + torch.arange(6.0)[:, None], labels)) < 1e-6
     assert_close(ours(*half, labels), literal_loss(kind, *half, labels), torch.float32)
     longer = (torch.cat([t, torch.full_like(t, IGNORE)], 1) for t in (student, teacher, labels))
     assert_close(ours(*longer), expected)
@@ -88,19 +95,6 @@ def test_the_logits_of_few_answer_tokens_are_in_memory_at_once(make_lm, monkeypa
         found.append([value.detach(), *(p.grad for p in student.parameters())])
     for one, other in zip(*found):
         assert_close(one, other)
-
-
-@pytest.mark.parametrize("direction", ["forward", "reverse"])
-def test_kl_is_zero_for_equal_distributions_only_and_the_teacher_gets_no_gradient(direction):
-    """A constant added to all logits of a token does not count."""
-    torch.manual_seed(0)
-    student, teacher = (t.requires_grad_() for t in 2 * torch.randn(2, 2, 3, 5))
-    labels = torch.tensor([[1, IGNORE, 2], [0, 0, IGNORE]])
-    assert abs(kl_loss(student, student + torch.arange(3.0)[:, None], labels, direction)) < 1e-6
-    loss = kl_loss(student, teacher, labels, direction)
-    loss.backward()
-    assert loss > 0.1 and teacher.grad is None
-    assert (student.grad.abs().sum(-1) > 0).equal(labels != IGNORE)
 
 
 # ---- losses on layers
@@ -182,7 +176,8 @@ def epoch(seed, pairs=PAIRS, budget=300):
 
 def test_every_solution_comes_once_per_epoch_within_the_budget_in_an_order_of_the_seed():
     """600 of mixed lengths: none lost at the end of a pool, none twice, little padding. The order
-    is not that of the lengths, by which batches are made."""
+    is not that of the lengths, by which batches are made. One that is too long for the budget is
+    alone; for the model, left out, and where all are, an error: no endless search."""
     found = epoch("0")
     assert sorted(rows_of(found)) == sorted((*prompt, *answer) for prompt, answer in PAIRS)
     assert max(batch.tokens.numel() for batch in found) <= 300
@@ -191,20 +186,13 @@ def test_every_solution_comes_once_per_epoch_within_the_budget_in_an_order_of_th
     lengths = [batch.tokens.shape[1] for batch in found][:20]
     assert lengths != sorted(lengths)
     assert rows_of(epoch("1 0")) == rows_of(epoch("1 0")) != rows_of(epoch("1 1"))
-
-
-def test_too_long_is_alone_or_left_out_or_an_error():
-    """Above the budget; above the model's length, and where all are: no endless search."""
     assert {len(batch.tokens) for batch in epoch("0", PAIRS[:9], budget=5)} == {1}
     lengths = sorted(len(prompt + answer) for prompt, answer in PAIRS[:9])
     short = itertools.islice(batches(PAIRS[:9], 300, lengths[4], "0"), 20)
     assert max(batch.tokens.shape[1] for batch in short) == lengths[4]
     with pytest.raises(ValueError, match="longer than max_length = 2"):
         next(batches(PAIRS, 300, 2, "0"))
-
-
-def test_a_stage_begins_with_short_sequences_and_has_all_from_its_half_on():
-    """A pool of sequences keeps those up to the share of the longest at its first step."""
+    # a stage begins with short ones and has all from its half on
     longest = max(len(prompt + answer) for prompt, answer in PAIRS)
     found = list(itertools.islice(batches(PAIRS, 300, 999, "0", steps=200, start=0.2), 200))
     lengths = [batch.tokens.shape[1] / longest for batch in found]
@@ -228,14 +216,6 @@ def test_pieces_add_up_to_the_batch():
 
 
 # ---- optimisation
-def test_the_learning_rate_warms_up_stays_and_decays():
-    """Up over 5% of the steps, down over the last 40%, never 0."""
-    for steps, step in ((steps, step) for steps in (1, 2, 3, 20, 200) for step in range(steps)):
-        up = (step + 1) / (0.05 * steps) if step + 1 < 0.05 * steps else 1
-        down = (steps - step) / (0.4 * steps) if steps - step < 0.4 * steps else 1
-        assert learning_rate(step, steps, 2.0) == pytest.approx(2.0 * up * down) != 0
-
-
 def test_only_matrices_decay(make_lm):
     """Every parameter is trained exactly once, or not at all where it is frozen."""
     lm = make_lm(["mamba", "mamba2", "attention"]).requires_grad_(True)
@@ -287,10 +267,6 @@ def metrics(folder, *without):
     return [{k: v for k, v in json.loads(line).items() if k not in without} for line in lines]
 
 
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
 @pytest.mark.parametrize("name, mixers, shares", [
     ("teacher", ["attention"] * 2, dict(sft=0.5)),
     ("pure", ["mamba2"] * 2, dict(matrices=1, hidden=0.9, kl=0.8)),
@@ -322,18 +298,21 @@ def command(tiny_out, tiny_options, tmp_path):
     return run
 
 
-def test_frozen_stages_leave_the_rest_to_the_teacher_and_every_mixer_learns(command, tiny_out):
-    """Orientation and alignment alone: all but the mixers is the teacher's, bit for bit."""
-    mine = weights(command(steps=["matrices=2", "hidden=2", "kl=0"]))
+def test_training_follows_the_schedule(command, tiny_out):
+    """The rate as logged from the optimizer, of kl and of sft, a tenth; the teacher is untouched;
+    the same command gives the same weights, another seed other ones. Orientation and alignment
+    alone: all but the mixers is the teacher's, bit for bit, and every mixer learns. The schedule is
+    up over 5% of the steps, down over the last 40%, never 0."""
+    for steps, step in ((steps, step) for steps in (1, 2, 3, 20, 200) for step in range(steps)):
+        up = (step + 1) / (0.05 * steps) if step + 1 < 0.05 * steps else 1
+        down = (steps - step) / (0.4 * steps) if steps - step < 0.4 * steps else 1
+        assert learning_rate(step, steps, 2.0) == pytest.approx(2.0 * up * down) != 0
+    frozen = command(steps=["matrices=2", "hidden=2", "kl=0"], name="frozen")
+    mine = load_file(frozen / "model.safetensors")
     start = student_from(LM.from_pretrained(tiny_out / "teacher"), ["mamba2"] * 2).state_dict()
     for name, tensor in start.items():
         if ".mamba2." not in name or "in_proj" in name:
             assert torch.equal(mine[name], tensor) == (".mamba2." not in name), name
-
-
-def test_training_follows_the_schedule(command, tiny_out):
-    """The rate as logged from the optimizer, of kl and of sft, a tenth; the teacher is untouched;
-    the same command gives the same weights, another seed other ones."""
     before = {path: path.stat().st_mtime_ns for path in (tiny_out / "teacher").iterdir()}
     folder = command("--lr", "1e-3", steps=["matrices=0", "hidden=0", "kl=8", "sft=4"])
     expected = [learning_rate(step, 8, 1e-3) for step in range(8)]
@@ -397,15 +376,15 @@ def test_samples_are_a_task_and_only_right_keeps_the_right_ones(tmp_path):
         return [tokenizer.decode(answer) for _, answer in pairs]
     assert learnt(rows) == ["so \\boxed{5}<|end|>", "so \\boxed{6}<|end|>"]
     assert learnt(rows, True) == ["so \\boxed{5}<|end|>"]
-    with pytest.raises(ValueError, match="no right worked solutions"):
-        learnt(rows[1:], True)
-    with pytest.raises(ValueError, match="no worked solutions to train on"):
-        learnt(rows[2:])
+    for first, only_right, said in (1, True, "right worked"), (2, False, "worked"):
+        with pytest.raises(ValueError, match=f"has no {said} solutions to train on"):
+            learnt(rows[first:], only_right)
 
 
-def test_the_picture_has_attention_and_what_replaces_it(command, tiny_out):
+def test_the_picture_has_attention_and_what_replaces_it(command, tiny_out, make_lm, tmp_path):
     """float16 and causal, of the middle replaced layer, both given the teacher's state: recomputed
-    for the end, from the tokens that are named."""
+    for the end, from the tokens that are named. None of mixers without matrices; small of random
+    weights, whose matrices compress least: three heads of eight, 96 tokens."""
     folder = command(steps=["matrices=1", "hidden=1", "kl=2", "sft=1"])
     found, stages = dict(np.load(folder / "matrices.npz")), ("transfer", "orientation", "end")
     assert found.keys() == {"tokens", "layer", "teacher", *stages} and found["layer"] == 1
@@ -423,11 +402,7 @@ def test_the_picture_has_attention_and_what_replaces_it(command, tiny_out):
         assert found[key].shape == (2, length, length) and found[key].dtype == np.float16
         assert not np.triu(found[key], 1).any() and np.isfinite(found[key]).all()
     assert all((found[one] != found[two]).any() for one, two in itertools.pairwise(stages))
-
-
-def test_the_picture_is_small_and_of_mixers_that_have_matrices_only(command, make_lm, tmp_path):
-    """Of random weights, whose matrices compress least: three heads of eight, 96 tokens."""
-    assert not (command("--mixer", "mamba") / "matrices.npz").exists()
+    assert not (command("--mixer", "mamba", name="mamba") / "matrices.npz").exists()
     make_lm(n_heads=8, d_model=64, vocab_size=1000).save_pretrained(tmp_path / "large")
     load_tokenizer("arithmetic").save(tmp_path / "large")
     path = command("--teacher", str(tmp_path / "large"), "--task", "arithmetic", "--limit", "9",
@@ -473,21 +448,15 @@ def killed(run, when, renames):
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
 
 
-@pytest.fixture
-def one_thread():
-    """A forked process has no other, and would wait for it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_killed_anywhere_it_ends_where_an_uninterrupted_run_ends(command, tmp_path, capsys, when,
-                                                                 one_thread):
+                                                                 request):
     """kill -9 in the middle of writing any file, or after its renaming, and half a log line: every
     byte of every file is the same in the end, but for the time. Red if a rerun starts over, or if
     a finished run is done again."""
+    request.addfinalizer(lambda threads=torch.get_num_threads(): torch.set_num_threads(threads))
+    torch.set_num_threads(1)  # a forked process has no other, and would wait for it
     def run(out):
         return command(*OFTEN, out=out, steps=RESUMED)
     expected = contents(run("straight"))
@@ -546,23 +515,20 @@ def test_settings_of_another_run_are_refused_by_name(command, stopped, tmp_path,
     ("training.json", lambda old: None, "lost its training.json: choose another --out"),
     ("training.json", lambda old: b"[1]", "training.json holds .*expected an object"),
     ("metrics.jsonl", lambda old: b"x\n", "metrics.jsonl, line 1 is not readable JSON"),
-    ("metrics.jsonl", lambda old: b'{"tokens": -1}\n', "metrics.jsonl, line 1: tokens is -1")])
-def test_a_damaged_file_of_a_stopped_run_is_named(command, stopped, file, content, message):
-    content = content((stopped / file).read_bytes())
+    ("metrics.jsonl", lambda old: b'{"tokens": -1}\n', "metrics.jsonl, line 1: tokens is -1"),
+    *((file, None, "did not make.*--out") for file in (
+        "config.json", "metrics.jsonl", "training.json"))])
+def test_a_file_that_is_damaged_or_alone_is_named(command, stopped, file, content, message):
+    """Of a stopped run; alone, it is not what this command made. Nothing is overwritten."""
+    if content is None:
+        shutil.rmtree(stopped)
+        stopped.mkdir()
+    content = content((stopped / file).read_bytes()) if content else b"{}"
     (stopped / file).unlink() if content is None else (stopped / file).write_bytes(content)
     before = files(stopped)
     with pytest.raises(ValueError, match=message):
         command()
     assert files(stopped) == before
-
-
-@pytest.mark.parametrize("file", ["config.json", "metrics.jsonl", "training.json"])
-def test_files_that_this_command_did_not_make_are_not_overwritten(command, file):
-    command.folder.mkdir(parents=True)
-    (command.folder / file).write_text("{}")
-    with pytest.raises(ValueError, match="did not make.*--out"):
-        command()
-    assert files(command.folder) == {file: b"{}"}
 
 
 @pytest.mark.parametrize("option, file", [("--save-every=1", "training.pt"),
@@ -602,7 +568,8 @@ def test_compiling_changes_nothing(command, monkeypatch):
         return graph.forward
     monkeypatch.setattr(torch, "compile",
                         lambda f: (asked.append(f), compile(f, backend=backend))[1])
-    plain, compiled = weights(command()), weights(command("--compile", name="compiled"))
+    plain, compiled = (load_file(folder / "model.safetensors") for folder in (
+        command(), command("--compile", name="compiled")))
     assert len(asked) == 4 and graphs and plain.keys() == compiled.keys()
     for name in plain:
         assert_close(compiled[name], plain[name])
