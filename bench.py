@@ -14,7 +14,8 @@ import itertools
 import os
 import time
 
-from common import Parser, add_device_options, choose_device, device_name, json_line, number, run
+from common import (Parser, add_device_options, choose_device, device_name, json_line, number,
+                    require, run)
 
 import numpy as np
 import torch
@@ -78,8 +79,7 @@ def ceilings(shape, batch, prompt, generate, memory):
                 states = torch.bfloat16 if model.endswith("16") else torch.float32
                 weights, token, state = sizes(models[model.split()[0]], states)
                 count = rows or int((1e9 * memory - weights) // ((prompt + new) * token + state))
-                if count < 1:
-                    raise ValueError(f"--memory {memory:g} is too small for a row of {name}")
+                require(count > 0, f"--memory {memory:g} is too small for a row of {name}")
                 moved.append(bytes_per_token(weights, token, state, count, prompt, new))
                 line[model] = f"{moved[0] / moved[-1]:.2f} ({count})"
             yield line
@@ -167,8 +167,7 @@ def bench_against(against, batch, prompt, generate, repeats, device, dtype):
     """Yield speeds of a Llama's texts, prompts included, in transformers and here."""
     from transformers import AutoModelForCausalLM, GenerationConfig
     ours = sample.prepare(LM.from_pretrained(against, device, dtype))
-    if set(ours.config.mixers) != {"attention"}:
-        raise ValueError(f"--against {against} is not a Llama")
+    require(set(ours.config.mixers) == {"attention"}, f"--against {against} is not a Llama")
     theirs = AutoModelForCausalLM.from_pretrained(against, dtype=dtype).to(device).eval()
     for rows, new in itertools.product(batch, generate):
         prompts = torch.randint(1, ours.config.vocab_size, (rows, prompt), device=device)
@@ -229,14 +228,14 @@ def parse_args(argv=None):
     add("--against", metavar="FOLDER", help="a Llama's texts, here and in transformers")
     add("--ceiling", action="store_true", help="what bytes allow; runs nothing")
     add("--kernels", action="store_true", help="selective scans")
-    add = parser.add_argument_group("sizes").add_argument
+    add = parser.group("sizes")
     add("--shape", nargs="+", choices=SHAPES, metavar="NAME",
         help=f"{', '.join(SHAPES)}; default: tiny, for --ceiling the last three")
     add("--batch", type=numbers, default="1,16,128", help="rows at a time")
     add("--prompt", type=number(1, 10 ** 7), default=128, help="tokens before the new ones")
     add("--generate", type=numbers, default="256,1024", help="new tokens")
     add("--memory", type=number(1, 1e6), default=80, help="GB, to be filled by --ceiling")
-    add = parser.add_argument_group("where and how often").add_argument
+    add = parser.group("where and how often")
     add("--repeats", type=number(1, 1000), default=3, help="turns")
     add_device_options(add)
     add("--state-dtype", choices=["float32", "bfloat16"], default="float32",
@@ -250,7 +249,7 @@ def report(lines, path, **about):
     for i, line in enumerate(lines):
         cells = [f"{u:,.2f}" if isinstance(u, float) else u for u in line.values()]
         for row in [cells] if i else [line, cells]:
-            print("".join(f"{cell:>14}" for cell in row), flush=True)
+            print("".join(f"{cell:>14}" for cell in row))
         with open(path, "ab") as f:
             f.write(json_line(about | {k: v if v == v else None for k, v in line.items()}))
 

@@ -36,6 +36,7 @@ def run(main, lower="the batch", child=False, resumes=True):
     lower: what to lower when memory runs out. child: its parent ends it and reports. resumes:
     after an interruption, the same command goes on.
     """
+    sys.stdout.reconfigure(line_buffering=True)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     # else a shell's background jobs ignore Ctrl-C
     signal.signal(signal.SIGINT, signal.SIG_IGN if child else signal.default_int_handler)
@@ -57,9 +58,14 @@ def run(main, lower="the batch", child=False, resumes=True):
     raise SystemExit(code)
 
 
+def require(condition, complaint):
+    if not condition:
+        raise ValueError(complaint)
+
+
 def complain(message):
     """Print a mistake in one line; exit code 2."""
-    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
+    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
     return 2
 
 
@@ -69,6 +75,10 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=Help)
+
+    def group(self, title):
+        """add_argument of a group of options."""
+        return self.add_argument_group(title).add_argument
 
     def error(self, message):
         sys.exit(complain(f"{message} (see --help)"))
@@ -204,9 +214,8 @@ def same_settings(path, settings, begun):
     old = check_fields(dict(settings=old) | old, dict(settings=dict), path)["settings"]
     differ = [f"{name} = {old.get(name)!r} there, {new.get(name)!r} now"
               for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
-    if differ:
-        raise ValueError(f"{path} is of a run with other settings ({'; '.join(differ)}): "
-                         f"rerun with those, choose another --out, or delete that folder")
+    require(not differ, f"{path} is of a run with other settings ({'; '.join(differ)}): rerun with "
+                        f"those, choose another --out, or delete that folder")
 
 
 @contextlib.contextmanager
@@ -231,8 +240,7 @@ def find_models(out):
     """Folders of the finished checkpoints under `out`: the teacher first, then by name."""
     models = [path.parent for path in Path(out).glob("*/config.json")]
     models = [(model.name != "teacher", str(model)) for model in models if model.suffix != ".tmp"]
-    if not models:
-        raise ValueError(f"no models under {out}/: run python distill.py first, or use --model")
+    require(models, f"no models under {out}/: run python distill.py first, or use --model")
     return [model for _, model in sorted(models)]
 
 
@@ -257,14 +265,13 @@ def choose_device(device=None, dtype=None):
     """(torch.device, torch.dtype), printed with the reason: as asked for, else cuda in bfloat16 (in
     float32 before Ampere, which only emulates it), else cpu in float32."""
     import torch
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda was asked for, but PyTorch finds no GPU here: "
-                         "use --device cpu or leave it out")
+    require(device != "cuda" or torch.cuda.is_available(), "--device cuda was asked for, but "
+            "PyTorch finds no GPU here: use --device cpu or leave it out")
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     half = chosen.type == "cuda" and torch.cuda.get_device_capability()[0] >= 8
     name = dtype or ("bfloat16" if half else "float32")
     print(f"device: {device_name(chosen)} ({'asked for' if device else 'chosen automatically'}), "
-          f"dtype: {name} ({'asked for' if dtype else 'the default there'})", flush=True)
+          f"dtype: {name} ({'asked for' if dtype else 'the default there'})")
     return chosen, getattr(torch, name)
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import tiktoken
 
 import hub
-from common import check_fields, json_lines, read_json, write_json
-from hub import HUB, naming, require
+from common import check_fields, json_lines, read_json, require, write_json
+from hub import HUB, naming
 
 
 @dataclass(frozen=True)

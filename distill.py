@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
 from common import (Parser, add_device_options, add_task_options, choose_device, crc, folder_name,
-                    json_line, number, read_json, read_jsonl, replace_file, run, same_settings,
-                    write_bytes, write_json)
+                    json_line, number, read_json, read_jsonl, replace_file, require, run,
+                    same_settings, write_bytes, write_json)
 
 import numpy as np
 import torch
@@ -269,7 +269,6 @@ def student_stages(steps, lr, direction):
     def layers(loss, length, student, teacher, batch):
         return loss(student, teacher, batch.tokens[:, :length], batch.valid[:, :length])
 
-
     kl = partial(mean_over_answers, partial(divergence, direction=direction))
     stages = dict(matrices=(lr, partial(layers, matrix_loss, MATRIX_LENGTH), "rows", True),
                   hidden=(lr, partial(layers, hidden_loss, None), "tokens", True),
@@ -289,20 +288,20 @@ class Progress:
         self.stage = self.step = self.tokens = 0  # step of the stage, tokens of all stages
         self.losses, self.pictures = [], {}  # since the last log line; for matrices.npz
         recorded, names, metrics = self.folder / "training.json", os.listdir(folder), []
-        hub.require(not names or recorded.exists() and "steps" in read_json(recorded),
-                    f"{folder} holds what this command did not make, or lost its training.json: "
-                    f"choose another --out")
+        require(not names or recorded.exists() and "steps" in read_json(recorded),
+                f"{folder} holds what this command did not make, or lost its training.json: "
+                f"choose another --out")
         begun = "training.pt" in names
         self.is_finished = "config.json" in names and not begun
         same_settings(recorded, settings, begun or self.is_finished)
         if begun:
             path = self.folder / "training.pt"
             with hub.naming(f"{path} (delete it to start over)"):
-                hub.require(not zipfile.ZipFile(path).testzip(), "a checksum differs")
+                require(not zipfile.ZipFile(path).testzip(), "a checksum differs")
                 self.saved = torch.load(path, weights_only=True, map_location="cpu")
                 vars(self).update((name, self.saved["position"][name]) for name in self.POSITION)
             metrics = read_jsonl(self.folder / "metrics.jsonl", dict(tokens=int), torn=True)
-            print(f"{folder}: going on at stage {self.stage + 1}, step {self.step}", flush=True)
+            print(f"{folder}: going on at stage {self.stage + 1}, step {self.step}")
         parallel.wait()  # until all have read it
         if not parallel.rank() and not self.is_finished:
             write_json(recorded, settings)
@@ -325,12 +324,12 @@ class Progress:
     def log(self, stage, lr, norm):
         loss, seconds = sum(self.losses) / len(self.losses), time.perf_counter() - self.began[0]
         self.losses = []
-        hub.require(math.isfinite(loss), f"the loss of stage {stage.name} is {loss} at step "
-                    f"{self.step}: lower --lr or change --seed")
+        require(math.isfinite(loss), f"the loss of stage {stage.name} is {loss} at step "
+                f"{self.step}: lower --lr or change --seed")
         speed = round((self.tokens - self.began[1]) / seconds)
         print(f"{self.folder.name} {stage.name} {self.step}/{stage.steps} | loss {loss:.4f} | grad "
               f"{norm:.2f} | lr {lr:.1e} | {speed:,} tokens/s | {seconds:.0f} s | eta "
-              f"{seconds * (stage.steps / self.step - 1):.0f} s", flush=True)
+              f"{seconds * (stage.steps / self.step - 1):.0f} s")
         if not parallel.rank():
             with open(self.folder / "metrics.jsonl", "ab") as file:
                 file.write(json_line(dict(
@@ -381,8 +380,8 @@ class Hardware:
 
     def __post_init__(self):
         self.device, self.dtype = choose_device(self.device, self.dtype)
-        hub.require(not self.compile or shutil.which(os.environ.get("CXX", "c++")),
-                    "--compile needs a C++ compiler: install g++, or set CXX")
+        require(not self.compile or shutil.which(os.environ.get("CXX", "c++")),
+                "--compile needs a C++ compiler: install g++, or set CXX")
 
 
 def ready(lm, teacher, hardware):
@@ -401,9 +400,9 @@ def train_in(folder, settings, pairs, stages, lm, teacher, hardware, start):
         progress = Progress(folder, settings)
         if progress.is_finished:
             LM.from_pretrained(folder)  # or an error, if its weights were lost
-            print(f"{folder}: finished", flush=True)
+            print(f"{folder}: finished")
             return
-        print(f"{folder}: {lm.num_parameters():,} parameters, steps", settings["steps"], flush=True)
+        print(f"{folder}: {lm.num_parameters():,} parameters, steps", settings["steps"])
         long = next((p + a for p, a in pairs if len(p + a) >= 96), sum(pairs[0], []))
         progress.example = torch.tensor([long[:96]], device=hardware.device)
         for index, stage in enumerate(stages):
@@ -429,10 +428,10 @@ def distill(folder, settings, pairs, source, hardware):
 # ---- options
 def add_shared_options(parser):
     """Add the options that teacher.py has too."""
-    add = parser.add_argument_group("what to learn from").add_argument
+    add = parser.group("what to learn from")
     add_task_options(add)
     add("--seed", type=number(0, 2 ** 31), default=0, help="of weights and the data's order")
-    add = parser.add_argument_group("where and how to compute").add_argument
+    add = parser.group("where and how to compute")
     add_device_options(add)
     add("--accumulate", type=number(1), default=1, help="pieces of a batch, for less memory")
     add("--checkpoint-activations", action="store_true", help="for less memory")
@@ -446,8 +445,8 @@ def load_pairs(tokenizer, task, limit, subset_seed, prompt_file, only_right=Fals
     """The Pairs of a task's worked solutions, and the settings that choose them."""
     problems = [p for p in load_task(task, "train") if p.solution and (
         not only_right or is_correct(extract_answer(p.solution) or "", p.answer))]
-    hub.require(problems, f"{task} has no {'right ' * only_right}worked solutions to train on: a "
-                "column `solution`, or finished samples with a \\boxed{}")
+    require(problems, f"{task} has no {'right ' * only_right}worked solutions to train on: a "
+            "column `solution`, or finished samples with a \\boxed{}")
     pairs = Pairs(choose_subset(problems, limit, subset_seed), tokenizer,
                   prompt_template(task, prompt_file))
     content = crc(Path(task).read_bytes()) if os.path.isfile(task) else None
@@ -467,10 +466,10 @@ def built_in_teacher(folder, task):
     """The teacher in a folder; for arithmetic the one that ships is copied there."""
     assets = Path(__file__).parent / "assets" / folder.name
     if not parallel.rank() and not (folder / "config.json").exists():
-        hub.require(assets.exists() and task == "arithmetic" and not (
+        require(assets.exists() and task == "arithmetic" and not (
             folder / "training.pt").exists(), f"no finished teacher in {folder}: run python "
             "teacher.py, with the same --size, or use --teacher")
-        print(f"{folder}: the teacher that ships", flush=True)
+        print(f"{folder}: the teacher that ships")
         for file in sorted(assets.iterdir(), reverse=True):  # config.json is the last
             if not (folder / file.name).exists():
                 replace_file(folder / file.name, partial(shutil.copyfile, file))
@@ -484,13 +483,13 @@ def student_settings(name, config, task, recipe, mixer, layers, steps, scale, lr
     recipe, mixer = recipe or student[0], mixer or student[1]
     layers = student[2] if layers is None else layers
     mixers = [kept if i in layers else mixer for i, kept in enumerate(config.mixers)]
-    hub.require(mixers != config.mixers and {*layers} <= {*range(config.n_layers)},
-                f"--attention-layers {layers}: nothing to distil; keep some, not all, of layers 0 "
-                f"to {config.n_layers - 1}")
+    require(mixers != config.mixers and {*layers} <= {*range(config.n_layers)},
+            f"--attention-layers {layers}: nothing to distil; keep some, not all, of layers 0 "
+            f"to {config.n_layers - 1}")
     steps = {stage: steps.get(stage, steps.get("all", round(count * scale)))
              for stage, count in STEPS[recipe].items()}
-    hub.require(not steps.get("matrices") or hasattr(MIXERS[mixer], "mixing_matrix"),
-                f"--mixer {mixer} has no matrix to orient: add --steps matrices=0")
+    require(not steps.get("matrices") or hasattr(MIXERS[mixer], "mixing_matrix"),
+            f"--mixer {mixer} has no matrix to orient: add --steps matrices=0")
     # the built-in task's batches are cheap: it is updates that count
     usual = (5e-4, 768) if task == "arithmetic" else (2e-3 * min(1.0, 64 / config.d_model), 6144)
     return dict(recipe=recipe, mixers=mixers, steps=steps, lr=lr or usual[0],
@@ -508,7 +507,7 @@ def stage_steps(text):  # "kl=200", or "200" for all
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    add = parser.add_argument_group("what to make").add_argument
+    add = parser.group("what to make")
     add("--student", nargs="+", type=folder_name, metavar="NAME", default=[*STUDENTS],
         help="defaults are hybrid's if it starts with hybrid, else pure's")
     add("--teacher", help="folder or Hugging Face repository of a Llama; default: OUT/teacher")
@@ -521,7 +520,7 @@ def parse_args(argv=None):
         "pure, 1 for hybrid")
     add("--d-state", type=number(1, 65536), help="default: head_dim for mamba2, 16 for mamba")
     add("--random-mixers", action="store_true", help="do not transfer attention's weights")
-    add = parser.add_argument_group("how to learn").add_argument
+    add = parser.group("how to learn")
     add("--steps", nargs="+", type=stage_steps, default=[], metavar="[STAGE=]N",
         help=f"of a stage or all; default, times --scale: {STEPS}")
     add("--scale", type=number(0, 1e6, float), default=1.0, help="of steps")

@@ -14,7 +14,8 @@ import functools
 from pathlib import Path
 from typing import NamedTuple
 
-from common import Parser, crc, folder_name, number, read_json, read_jsonl, run, write_json
+from common import (Parser, crc, folder_name, number, read_json, read_jsonl, require, run,
+                    write_json)
 
 import numpy as np
 from tqdm import tqdm
@@ -258,9 +259,8 @@ def read_model(folder, scores, seed):
     n = 0
     while all((p, n) in found for p in problems):
         n += 1
-    if not n:
-        raise ValueError(f"{path} has no complete round, one sample of each problem: "
-                         f"run python sample.py, with more --seconds")
+    require(n, f"{path} has no complete round, one sample of each problem: run python sample.py, "
+               f"with more --seconds")
     if scores:
         add_scores(found, folder / scores)
     curves = grade([[found[p, s] for s in range(n)] for p in problems])
@@ -282,8 +282,8 @@ def main(argv=None):
     add = parser.add_argument
     add("--out", type=Path, default="out", help="folder with one folder per model")
     add("--model", nargs="+", metavar="NAME", default=[], help="only these; default: all")
-    add("--teacher", metavar="NAME", help="compare all with this one; default: teacher, for small "
-        "ones teacher-small")
+    add("--teacher", metavar="NAME", help="compare all with this one; default: teacher, or of "
+        "NAME-small teacher-small")
     add("--scores", type=folder_name, metavar="FILE", help="of a judge, in each model's folder; "
         "default: scores.jsonl if all have it")
     add("--seed", type=number(0), default=0, help="of the bootstrap")
@@ -291,8 +291,7 @@ def main(argv=None):
     out, seed, models, coverage, accuracy, asked = args.out, args.seed, {}, {}, {}, {}
     everyone = {path.parent.name for path in out.glob("*/samples.jsonl")}
     names = in_order({*(args.model or everyone), args.teacher} - {None})
-    if not names:
-        raise ValueError(f"no samples under {out}/: run python sample.py, or name another --out")
+    require(names, f"no samples under {out}/: run python sample.py, or name another --out")
     judged = all((out / name / "scores.jsonl").exists() for name in names)
     for name in names:
         models[name], coverage[name], accuracy[name], asked[name] = read_model(
@@ -302,8 +301,8 @@ def main(argv=None):
             del coverage[name], accuracy[name]
     teachers, kinds = {}, dict(coverage=coverage, accuracy=accuracy)
     for name in coverage:
-        small = name.endswith("-small") and "teacher-small" in coverage
-        teacher = args.teacher or ("teacher-small" if small else "teacher")
+        own = f"teacher-{name.rpartition('-')[2]}"  # of its size
+        teacher = args.teacher or (own if own in coverage else "teacher")
         if teacher in coverage and teacher != name:
             teachers[name] = teacher
             models[name] |= dict(teacher=teacher, ahead={

@@ -19,12 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from common import check_fields, first_line, read_json, replace_file, write_json
-
-
-def require(condition, complaint):
-    if not condition:
-        raise ValueError(complaint)
+from common import check_fields, first_line, read_json, replace_file, require, write_json
 
 
 @contextmanager

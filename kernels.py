@@ -29,7 +29,7 @@ also under autocast; y has x's dtype. Letters in shape comments are model.py's.
 import timeit
 from functools import partial
 
-from common import Parser, choose_device, number, run
+from common import Parser, add_device_options, choose_device, number, run
 
 import torch
 import torch.nn.functional as F
@@ -554,9 +554,7 @@ def main():
     add = parser.add_argument
     for name, size in zip(("batch", "length", "channels", "states"), sizes):
         add(f"--{name}", type=number(1), default=size, help="of the inputs")
-    add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
-    add("--dtype", choices=["float32", "bfloat16", "float16"],
-        help="default: bfloat16 on cuda, else float32")
+    add_device_options(add)
     *sizes, device, dtype = vars(parser.parse_args()).values()
     device, dtype = choose_device(device, dtype)
     torch.manual_seed(0)

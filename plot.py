@@ -11,7 +11,7 @@ import itertools
 import json
 from pathlib import Path
 
-from common import Parser, number, read_json, read_jsonl, replace_file, run, write_bytes
+from common import Parser, number, read_json, read_jsonl, replace_file, require, run, write_bytes
 
 import matplotlib
 matplotlib.use("Agg")  # files only, no window
@@ -193,9 +193,8 @@ def figures(out):
     results = read_json(path) if path.exists() else {}
     logs = {name: log for name in names if (log := read_log(out / name / "metrics.jsonl"))}
     matrices = {name: m for name in names if (m := read_matrices(out / name / "matrices.npz"))}
-    if not (results or logs or matrices):
-        raise ValueError(f"nothing to draw under {out}/: run python distill.py, sample.py "
-                         f"and grade.py first, or name another --out")
+    require(results or logs or matrices, f"nothing to draw under {out}/: run python distill.py, "
+            f"sample.py and grade.py first, or name another --out")
     with written_by("grade.py", path):
         json.dumps(results, allow_nan=False)  # 1e999 was read as infinity
         models = results["models"] if results else {}

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import (Parser, add_device_options, add_task_options, choose_device, crc, device_name,
-                    find_models, json_line, number, read_json, read_jsonl, run, same_settings,
-                    write_json)
+                    find_models, json_line, number, read_json, read_jsonl, require, run,
+                    same_settings, write_json)
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -309,9 +309,9 @@ def read_settings(path, key):
     beside = path.with_suffix(".json")
     if beside.exists() or path.exists() and path.stat().st_size:
         settings = beside.exists() and read_json(beside).get("settings")
-        if not isinstance(settings, dict) or not isinstance(settings.get(key), str):
-            raise ValueError(f"{beside}, the settings of {path}, is missing or foreign: choose "
-                             f"another place, or delete the latter")
+        require(isinstance(settings, dict) and isinstance(settings.get(key), str),
+                f"{beside}, the settings of {path}, is missing or foreign: choose another place, "
+                f"or delete the latter")
         return settings
 
 
@@ -379,27 +379,27 @@ def sample_model(model, folder, problems, template, knobs, most, seconds, device
         done, spent = resume(path, lm, RECORD, lambda record: asked.get(record["problem"]) == (
             record["question"], record["gold"]), settings, **about)
         if spent >= seconds or sum(sample < most for _, sample in done) == most * len(asked):
-            print(f"{path}: finished", flush=True)
+            print(f"{path}: finished")
             return
         list(draw(0))  # one step of the same batch compiles and touches all that is used
         append(path, draw(seconds - spent), spent)
-    print(f"{path}: {len(read_jsonl(path)):,} samples", flush=True)
+    print(f"{path}: {len(read_jsonl(path)):,} samples")
 
 
 # ---- the script
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    add = parser.add_argument_group("what to sample").add_argument
+    add = parser.group("what to sample")
     add("--model", nargs="+", help="folders of checkpoints; default: all under --out")
     add_task_options(add, limit=72)
     add("--split", choices=["train", "test"], default="test", help="of the task")
     add("--seconds", type=number(0.1, 1e9, float),
         help="for each model; default: no limit with --num-samples, else 60")
-    add = parser.add_argument_group("how to sample").add_argument
+    add = parser.group("how to sample")
     for name, (least, most, default, text) in SETTINGS.items():
         add("--" + name.replace("_", "-"), type=number(least, most, type(least)), default=default,
             help=text)
-    add = parser.add_argument_group("where").add_argument
+    add = parser.group("where")
     add_device_options(add)
     add("--state-dtype", choices=["float32", "bfloat16"], default="float32",
         help="of the mixers' states; bfloat16 halves what a step of a student has to move")
@@ -415,15 +415,15 @@ def main(argv=None):
         for model in models:
             hub.read_config(hub.checkpoint_folder(model))  # a mistake is told before data is read
         problems = choose_subset(load_task(args.task, args.split), args.limit, args.subset_seed)
-        if len(problems) < parallel.world():  # one without would search for its own forever
-            raise ValueError(f"{len(problems)} problems: too few for {parallel.world()} processes")
+        require(len(problems) >= parallel.world(),  # one without would search for its own forever
+                f"{len(problems)} problems: too few for {parallel.world()} processes")
         args.batch_size = args.batch_size or (2048 if device.type == "cuda" else 256)
         knobs = {name: getattr(args, name) for name in SETTINGS}
         most = knobs.pop("num_samples") or 10 ** 9
         template = prompt_template(args.task, args.prompt_file)
         seconds = args.seconds or (float("inf") if args.num_samples else 60)
         limit = f", {seconds:g} seconds a model" if seconds < float("inf") else ""
-        print(f"{len(problems)} problems{limit}", flush=True)
+        print(f"{len(problems)} problems{limit}")
         for model in models:
             folder = os.path.join(args.out, os.path.basename(os.path.abspath(model)))
             sample_model(model, folder, problems, template, knobs, most, seconds, device, dtype,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import (Parser, add_device_options, choose_device, crc, folder_name, number, read_jsonl,
-                    run)
+                    require, run)
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import parallel
 from data import load_tokenizer
-from hub import fingerprint, require
+from hub import fingerprint
 from model import LM
 from sample import RECORD, append, read_settings, resume
 
@@ -140,7 +140,7 @@ def score_samples(folder, to, judge, settings, budget):
                                         texts[pair])))
     next(judged(), None)  # the first batch to warm up
     append(path, judged(), spent, len(mine))
-    print(f"{path}: {len(samples):,} scores{'' if left else ', finished'}", flush=True)
+    print(f"{path}: {len(samples):,} scores{'' if left else ', finished'}")
 
 
 # ---- the script

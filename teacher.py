@@ -8,7 +8,7 @@ Writes  out/teacher/, and goes on after a stop, as distill.py does
 """
 import os
 
-from common import Parser, number, run
+from common import Parser, number, require, run
 
 import torch
 
@@ -26,12 +26,12 @@ SCRATCH, FINE_TUNING = (3500, 4e-3), (500, 2e-5)  # steps, peak learning rate
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    add = parser.add_argument_group("what to make").add_argument
+    add = parser.group("what to make")
     add("--from", dest="source", metavar="MODEL", help="folder or Hugging Face repository of a "
         "Llama to fine-tune; default: from scratch, with the built-in task's tokenizer")
     add("--size", choices=SIZES, default="base", help="small: half the layers; large: "
         "27 million parameters, numbers of six digits, for a GPU; in OUT/teacher-SIZE")
-    add = parser.add_argument_group("how to learn").add_argument
+    add = parser.group("how to learn")
     add("--steps", type=number(1), help=f"default: {SCRATCH[0]}, with --from {FINE_TUNING[0]}")
     add("--lr", type=number(1e-9, 100, float), help=f"peak learning rate; default: {SCRATCH[1]}, "
         f"an eighth for large, with --from {FINE_TUNING[1]}")
@@ -43,8 +43,8 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     source, folder = args.source, os.path.join(args.out, "teacher" + SUFFIX[args.size])
-    if source and os.path.realpath(source) == os.path.realpath(folder):
-        raise ValueError(f"--from {source} is where the copy would go: choose another --out")
+    require(not source or os.path.realpath(source) != os.path.realpath(folder),
+            f"--from {source} is where the copy would go: choose another --out")
     steps, lr = FINE_TUNING if source else SCRATCH
     lr = lr / 8 if args.size == "large" and not source else lr  # it is 8 times as wide
     task = task_for(args.size, args.task)

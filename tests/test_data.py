@@ -37,8 +37,8 @@ def test_train_and_test_problems_never_overlap_and_never_change(monkeypatch):
 def literal_solution(question):
     """The chain and the answer, from the words of the question alone."""
     rounds, add, times, by, value = map(int, re.fullmatch(
-        r"In each of (\d+) rounds do \+(\d+) (\d+) times, then x(\d+), keeping (?:four|six) digits. "
-        r"Start: (\d+)", question).groups())
+        r"In each of (\d+) rounds do \+(\d+) (\d+) times, then x(\d+), keeping (?:four|six) "
+        r"digits. Start: (\d+)", question).groups())
     lines, digits = [], 6 if "six" in question else 4
     assert len(question.split()[-1]) == digits
     for left, more in itertools.product(range(rounds, 0, -1), range(times, -1, -1)):
