@@ -222,7 +222,17 @@ def numbers(text):
     return [*map(number(1, 10 ** 7), text.split(","))]
 
 
-def parse_args(argv=None):
+def report(lines, path, **about):
+    """Print dicts as a table while they come; append them, and what is `about` all, to a file."""
+    for i, line in enumerate(lines):
+        cells = [f"{u:,.2f}" if isinstance(u, float) else u for u in line.values()]
+        for row in [cells] if i else [line, cells]:
+            print("".join(f"{cell:>14}" for cell in row))
+        with open(path, "ab") as f:
+            f.write(json_line(about | {k: v if v == v else None for k, v in line.items()}))
+
+
+def main(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument_group("job").add_mutually_exclusive_group().add_argument
     add("--against", metavar="FOLDER", help="a Llama's texts, here and in transformers")
@@ -241,21 +251,7 @@ def parse_args(argv=None):
     add("--state-dtype", choices=["float32", "bfloat16"], default="float32",
         help="of students' states")
     add("--out", default="out", help="lines go to OUT/bench.jsonl")
-    return parser.parse_args(argv)
-
-
-def report(lines, path, **about):
-    """Print dicts as a table while they come; append them, and what is `about` all, to a file."""
-    for i, line in enumerate(lines):
-        cells = [f"{u:,.2f}" if isinstance(u, float) else u for u in line.values()]
-        for row in [cells] if i else [line, cells]:
-            print("".join(f"{cell:>14}" for cell in row))
-        with open(path, "ab") as f:
-            f.write(json_line(about | {k: v if v == v else None for k, v in line.items()}))
-
-
-def main(argv=None):
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     sizes, shape = (args.batch, args.prompt, args.generate), args.shape or ["tiny"]
     if args.ceiling:
         return report(ceilings(args.shape or list(SHAPES)[-3:], *sizes, args.memory), os.devnull)

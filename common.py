@@ -115,28 +115,27 @@ def folder_name(text):
 
 
 # ---- JSON
-def parse_json(content, where, kind=dict):
-    """The value in some bytes of JSON, a dict or a list as asked; ValueError says where not."""
+def parse_json(content, where):
+    """The dict in some bytes of JSON; ValueError says where there is none."""
     def refuse(constant):
         raise ValueError(f"{constant} is not JSON")
     try:
         value = json.loads(content.decode("utf-8-sig"), parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not readable JSON: {first_line(error)}") from None
-    if not isinstance(value, kind):
-        raise ValueError(f"{where} holds {json.dumps(value)[:60]}, expected {FIELDS[kind][0]}")
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} holds {json.dumps(value)[:60]}, expected an object")
     return value
 
 
-def read_json(path, kind=dict):
-    return parse_json(Path(path).read_bytes(), path, kind)
+def read_json(path):
+    return parse_json(Path(path).read_bytes(), path)
 
 
-FIELDS = {str: ("text", lambda v: type(v) is str), list: ("a list", lambda v: type(v) is list),
-          dict: ("an object", lambda v: type(v) is dict),
-          bool: ("true or false", lambda v: type(v) is bool),
-          int: ("a whole number, 0 or more", lambda v: type(v) is int and 0 <= v <= 1e308),
-          float: ("a finite number", lambda v: type(v) in (int, float) and abs(v) <= 1e308)}
+FIELDS = {kind: (name, lambda v, kind=kind: type(v) is kind) for kind, name in {
+    str: "text", list: "a list", dict: "an object", bool: "true or false"}.items()}
+FIELDS |= {int: ("a whole number, 0 or more", lambda v: type(v) is int and 0 <= v <= 1e308),
+           float: ("a finite number", lambda v: type(v) in (int, float) and abs(v) <= 1e308)}
 
 
 def check_fields(record, fields, where):
@@ -242,6 +241,12 @@ def find_models(out):
     models = [(model.name != "teacher", str(model)) for model in models if model.suffix != ".tmp"]
     require(models, f"no models under {out}/: run python distill.py first, or use --model")
     return [model for _, model in sorted(models)]
+
+
+def own_teacher(name, names):
+    """teacher-SIZE of NAME-SIZE, if that is among the names, else teacher."""
+    own = f"teacher-{name.rpartition('-')[2]}"
+    return own if own in names else "teacher"
 
 
 # ---- task and device

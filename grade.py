@@ -14,8 +14,8 @@ import functools
 from pathlib import Path
 from typing import NamedTuple
 
-from common import (Parser, crc, folder_name, number, read_json, read_jsonl, require, run,
-                    write_json)
+from common import (Parser, crc, folder_name, number, own_teacher, read_json, read_jsonl, require,
+                    run, write_json)
 
 import numpy as np
 from tqdm import tqdm
@@ -301,8 +301,7 @@ def main(argv=None):
             del coverage[name], accuracy[name]
     teachers, kinds = {}, dict(coverage=coverage, accuracy=accuracy)
     for name in coverage:
-        own = f"teacher-{name.rpartition('-')[2]}"  # of its size
-        teacher = args.teacher or (own if own in coverage else "teacher")
+        teacher = args.teacher or own_teacher(name, coverage)
         if teacher in coverage and teacher != name:
             teachers[name] = teacher
             models[name] |= dict(teacher=teacher, ahead={

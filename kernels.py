@@ -29,7 +29,7 @@ also under autocast; y has x's dtype. Letters in shape comments are model.py's.
 import timeit
 from functools import partial
 
-from common import Parser, add_device_options, choose_device, number, run
+from common import Parser, add_device_options, choose_device, number, require, run
 
 import torch
 import torch.nn.functional as F
@@ -189,8 +189,8 @@ def selective_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=Fal
     """
     tensors = x, dt, A, B, C, D, z, dt_bias, h0
     check_shapes(SCAN_SHAPES, *tensors)
-    if x.shape[2] % B.shape[2]:
-        raise ValueError(f"B has {B.shape[2]} groups, expected a divisor of {x.shape[2]} channels")
+    require(x.shape[2] % B.shape[2] == 0,
+            f"B has {B.shape[2]} groups, expected a divisor of {x.shape[2]} channels")
     scan = (scan_loop if backend == "ref" else  # scan_triton stands below the line
             scan_triton if use_triton(backend, x) else scan_chunks)
     y_dtype, kind = x.dtype, compute_dtype(x)
@@ -209,8 +209,8 @@ def ssd(x, log_decay, B, C, h0=None, chunk=64, backend="auto"):
     padding. Differentiable in all, through y and h; `chunk` is a matter of speed.
     backend: "ref" is rung 1, "torch" and "auto" rung 3, on a GPU too.
     """
-    if backend not in ("auto", "ref", "torch"):
-        raise ValueError(f"backend is {backend!r}, expected 'auto', 'ref' or 'torch' for ssd")
+    require(backend in ("auto", "ref", "torch"),
+            f"backend is {backend!r}, expected 'auto', 'ref' or 'torch' for ssd")
     check_shapes(SSD_SHAPES, x, log_decay, B, C, h0)
     y_dtype, kind = x.dtype, compute_dtype(x)
     h0 = x.new_zeros(len(x), *x.shape[2:], B.shape[3]) if h0 is None else h0

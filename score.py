@@ -11,12 +11,13 @@ Reading is far cheaper than writing token by token: a slow teacher can judge wha
 wrote.
 """
 import math
+import os
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-from common import (Parser, add_device_options, choose_device, crc, folder_name, number, read_jsonl,
-                    require, run)
+from common import (Parser, add_device_options, choose_device, crc, folder_name, number,
+                    own_teacher, read_jsonl, require, run)
 
 import torch
 import torch.nn.functional as F
@@ -96,9 +97,8 @@ AGGREGATE = dict(last=lambda steps: steps[-1], min=min, prod=math.prod)  # one s
 def judge_batch(judge, batch):
     """What the judge finds in each Text of a batch; padding on the right is seen by nothing."""
     tokens = pad_sequence([torch.tensor(text.ids) for text in batch], batch_first=True)  # (B, L)
-    for x in judge.lm.hidden_states(tokens.to(judge.lm.device)):
-        pass  # the last comes after all blocks: (B, L, d_model)
-    return [judge.judge(row, text) for row, text in zip(x, batch)]
+    states = judge.lm.last_state(tokens.to(judge.lm.device))  # (B, L, d_model)
+    return [judge.judge(x, text) for x, text in zip(states, batch)]
 
 
 def batches(judge, records, template, budget):
@@ -147,7 +147,7 @@ def score_samples(folder, to, judge, settings, budget):
 OTHERS = "config", "metrics", "model", "results", "samples", "tokenizer", "training"  # not ours
 
 
-def parse_args(argv=None):
+def main(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("judge", nargs="?", metavar="MODEL", help="folder or Hugging Face repository; "
@@ -160,11 +160,7 @@ def parse_args(argv=None):
     add("--tokens", type=number(1), default=16384, help="read at a time, padding included")
     add("--out", default="out", help="folder of the models")
     add_device_options(add)
-    return parser.parse_args(argv)
-
-
-def main(argv=None):
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     with parallel.processes(args.device):
         device, dtype = choose_device(args.device, args.dtype)
         require(args.to.endswith(".jsonl") and not args.to.startswith(OTHERS), f"--to {args.to}: "
@@ -175,8 +171,8 @@ def main(argv=None):
             origin = read_settings(out / name / "samples.jsonl", "prompt")
             require(origin, f"no samples of {name} under {out}/: run python sample.py")
             read_settings(out / name / args.to, "kind")
-            teacher = "teacher-small" if name.endswith("-small") else "teacher"
-            judged.setdefault(args.judge or out / teacher, {})[name] = origin["prompt"]
+            judge = args.judge or out / own_teacher(name, os.listdir(out))
+            judged.setdefault(judge, {})[name] = origin["prompt"]
         for source, prompts in judged.items():
             judge = KINDS[args.kind](
                 LM.from_pretrained(source, device, dtype).eval(), load_tokenizer(source))

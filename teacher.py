@@ -24,11 +24,11 @@ SIZES = dict(base={}, small=dict(n_layers=2),  # as Config's defaults, but for
 SCRATCH, FINE_TUNING = (3500, 4e-3), (500, 2e-5)  # steps, peak learning rate
 
 
-def parse_args(argv=None):
+def main(argv=None):
     parser = Parser(__doc__)
     add = parser.group("what to make")
-    add("--from", dest="source", metavar="MODEL", help="folder or Hugging Face repository of a "
-        "Llama to fine-tune; default: from scratch, with the built-in task's tokenizer")
+    add("--from", dest="source", metavar="MODEL", help="a Llama to fine-tune, folder or "
+        "Hugging Face repository; default: from scratch, with the built-in task's tokenizer")
     add("--size", choices=SIZES, default="base", help="small: half the layers; large: "
         "27 million parameters, numbers of six digits, for a GPU; in OUT/teacher-SIZE")
     add = parser.group("how to learn")
@@ -37,21 +37,17 @@ def parse_args(argv=None):
         f"an eighth for large, with --from {FINE_TUNING[1]}")
     add("--batch-tokens", type=number(1), default=6144, help="tokens a step, padding included")
     add_shared_options(parser)
-    return parser.parse_args(argv)
-
-
-def main(argv=None):
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     source, folder = args.source, os.path.join(args.out, "teacher" + SUFFIX[args.size])
     require(not source or os.path.realpath(source) != os.path.realpath(folder),
             f"--from {source} is where the copy would go: choose another --out")
-    steps, lr = FINE_TUNING if source else SCRATCH
-    lr = lr / 8 if args.size == "large" and not source else lr  # it is 8 times as wide
-    task = task_for(args.size, args.task)
+    (steps, lr), task = FINE_TUNING if source else SCRATCH, task_for(args.size, args.task)
+    if args.size == "large" and not source:
+        lr /= 8  # it is 8 times as wide
     budget = dict(steps=args.steps or steps, lr=args.lr or lr, batch_tokens=args.batch_tokens,
                   seed=args.seed)
     with parallel.processes(args.device):
-        hardware = Hardware(**{name: getattr(args, name) for name in Hardware.__annotations__})
+        hardware = Hardware(*(getattr(args, name) for name in Hardware.__annotations__))
         tokenizer = load_tokenizer(source or "arithmetic")
         torch.manual_seed(args.seed)
         if source:  # can solve the task already: no curriculum
@@ -61,8 +57,7 @@ def main(argv=None):
             stage, start, origin = "pretrain", START.get(task, 1.0), dict(size=args.size)
             lm = LM(Config(vocab_size=tokenizer.vocab_size, eos_ids=tokenizer.eos_ids,
                            **SIZES[args.size]))
-        pairs, data = load_pairs(tokenizer, task, args.limit, args.subset_seed,
-                                 args.prompt_file)
+        pairs, data = load_pairs(tokenizer, task, args.limit, args.subset_seed, args.prompt_file)
         train_in(folder, data | origin | budget, pairs,
                  [Stage(stage, budget["steps"], budget["lr"], sft)], lm, None, hardware, start)
 
