@@ -243,10 +243,9 @@ def find_models(out):
     return [model for _, model in sorted(models)]
 
 
-def own_teacher(name, names):
-    """teacher-SIZE of NAME-SIZE, if that is among the names, else teacher."""
-    own = f"teacher-{name.rpartition('-')[2]}"
-    return own if own in names else "teacher"
+def own_teacher(name):
+    """teacher-SIZE of NAME-SIZE, else teacher."""
+    return "teacher" + re.search("(-small|-large)?$", name)[0]
 
 
 # ---- task and device

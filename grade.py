@@ -301,7 +301,8 @@ def main(argv=None):
             del coverage[name], accuracy[name]
     teachers, kinds = {}, dict(coverage=coverage, accuracy=accuracy)
     for name in coverage:
-        teacher = args.teacher or own_teacher(name, coverage)
+        own = own_teacher(name)
+        teacher = args.teacher or (own if own in coverage else "teacher")
         if teacher in coverage and teacher != name:
             teachers[name] = teacher
             models[name] |= dict(teacher=teacher, ahead={

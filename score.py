@@ -11,7 +11,6 @@ Reading is far cheaper than writing token by token: a slow teacher can judge wha
 wrote.
 """
 import math
-import os
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -171,7 +170,7 @@ def main(argv=None):
             origin = read_settings(out / name / "samples.jsonl", "prompt")
             require(origin, f"no samples of {name} under {out}/: run python sample.py")
             read_settings(out / name / args.to, "kind")
-            judge = args.judge or out / own_teacher(name, os.listdir(out))
+            judge = args.judge or out / own_teacher(name)
             judged.setdefault(judge, {})[name] = origin["prompt"]
         for source, prompts in judged.items():
             judge = KINDS[args.kind](

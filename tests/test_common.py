@@ -94,7 +94,6 @@ def test_json_is_read_as_others_write_it(tmp_path):
     assert common.read_jsonl(path) == []
     common.write_bytes(path, "\ufeff{\"a\": \"é\"}".encode())
     assert common.read_json(path) == dict(a="é")
-    common.write_json(path, [1])
     common.write_bytes(path, b'\xef\xbb\xbf{"a": 1}\r\n\r\n  \n{"a": 2}')
     assert common.read_jsonl(path, dict(a=int)) == [dict(a=1), dict(a=2)]
     assert common.read_jsonl(path, torn=True) == [dict(a=1)]
