@@ -132,6 +132,12 @@ def read_json(path):
     return parse_json(Path(path).read_bytes(), path)
 
 
+def optional_json(*parts):
+    """The dict in a JSON file, {} if there is none."""
+    path = Path(*parts)
+    return read_json(path) if path.is_file() else {}
+
+
 FIELDS = {kind: (name, lambda v, kind=kind: type(v) is kind) for kind, name in {
     str: "text", list: "a list", dict: "an object", bool: "true or false"}.items()}
 FIELDS |= {int: ("a whole number, 0 or more", lambda v: type(v) is int and 0 <= v <= 1e308),
@@ -214,7 +220,7 @@ def same_settings(path, settings, begun):
     differ = [f"{name} = {old.get(name)!r} there, {new.get(name)!r} now"
               for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
     require(not differ, f"{path} is of a run with other settings ({'; '.join(differ)}): rerun with "
-                        f"those, choose another --out, or delete that folder")
+                        "those, choose another --out, or delete that folder")
 
 
 @contextlib.contextmanager
@@ -230,17 +236,17 @@ def locked(folder):
         yield
     except BlockingIOError:
         raise ValueError(f"another process is working in {folder}: wait for it, "
-                         f"or choose another --out") from None
+                         "or choose another --out") from None
     finally:
         os.close(handle)
 
 
 def find_models(out):
     """Folders of the finished checkpoints under `out`: the teacher first, then by name."""
-    models = [path.parent for path in Path(out).glob("*/config.json")]
-    models = [(model.name != "teacher", str(model)) for model in models if model.suffix != ".tmp"]
+    models = sorted(str(path.parent) for path in Path(out).glob("*/config.json")
+                    if path.parent.suffix != ".tmp")
     require(models, f"no models under {out}/: run python distill.py first, or use --model")
-    return [model for _, model in sorted(models)]
+    return sorted(models, key=lambda model: Path(model).name != "teacher")
 
 
 def own_teacher(name, names):
@@ -251,7 +257,6 @@ def own_teacher(name, names):
 
 # ---- task and device
 def add_task_options(add, limit=None):
-    """Add --task and what is taken of it."""
     add("--task", default="arithmetic", help="or gsm8k, math500, openmath2, openmath2[1000:2000], "
         "a .jsonl file of problems, solutions or samples")
     add("--limit", type=number(1), default=limit, help="how many problems; without it, all")
@@ -261,7 +266,6 @@ def add_task_options(add, limit=None):
 
 
 def add_device_options(add):
-    """Add --device and --dtype, arguments of choose_device."""
     add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda, else float32")
 

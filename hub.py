@@ -19,7 +19,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from common import check_fields, first_line, read_json, replace_file, require, write_json
+from common import (check_fields, first_line, optional_json, read_json, replace_file, require,
+                    write_json)
 
 
 @contextmanager
@@ -30,12 +31,6 @@ def naming(what):
     except Exception as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"{what} cannot be used: {kind}{first_line(error)}") from None
-
-
-def optional_json(folder, name):
-    """The dict in a JSON file, {} if there is none."""
-    path = Path(folder, name)
-    return read_json(path) if path.is_file() else {}
 
 
 # ---- folders
@@ -179,9 +174,9 @@ def read_layout(folder):
         return mamba_fields(fields, released), stored, mamba_in_llama_tensors
 
 
-def read_config(folder):
-    """Fields of model.Config in a folder's config.json, without those that it leaves open."""
-    return read_layout(folder)[0]
+def read_config(path_or_repo):
+    """Fields of model.Config in a config.json, without those that it leaves open."""
+    return read_layout(checkpoint_folder(path_or_repo))[0]
 
 
 # ---- weights

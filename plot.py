@@ -194,7 +194,7 @@ def figures(out):
     logs = {name: log for name in names if (log := read_log(out / name / "metrics.jsonl"))}
     matrices = {name: m for name in names if (m := read_matrices(out / name / "matrices.npz"))}
     require(results or logs or matrices, f"nothing to draw under {out}/: run python distill.py, "
-            f"sample.py and grade.py first, or name another --out")
+            "sample.py and grade.py first, or name another --out")
     with written_by("grade.py", path):
         json.dumps(results, allow_nan=False)  # 1e999 was read as infinity
         models = results["models"] if results else {}
