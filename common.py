@@ -30,6 +30,16 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
+@contextlib.contextmanager
+def naming(what, fault="cannot be used"):
+    """Any exception inside becomes a ValueError of one line: `what` cannot be used, and why."""
+    try:
+        yield
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{what} {fault}: {kind}{first_line(error)}") from None
+
+
 def run(main, lower="the batch", child=False, resumes=True):
     """Run a script's main: a user's mistake ends in one line and exit code 2.
 
@@ -98,8 +108,8 @@ def number(least, most=10 ** 12, kind=int):
         try:
             value = kind(text)
         except ValueError:
-            whole = "whole " if kind is int else ""
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number") from None
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a {'whole ' * (kind is int)}number") from None
         if not least <= value <= most:  # refuses nan too
             raise argparse.ArgumentTypeError(f"{text} is out of range, {least:g} to {most:g}")
         return value

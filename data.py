@@ -15,8 +15,8 @@ from pathlib import Path
 import tiktoken
 
 import hub
-from common import check_fields, json_lines, read_json, require, write_json
-from hub import HUB, naming
+from common import check_fields, json_lines, naming, read_json, require, write_json
+from hub import HUB
 
 
 @dataclass(frozen=True)

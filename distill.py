@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
 from common import (Parser, add_device_options, add_task_options, choose_device, crc, folder_name,
-                    json_line, number, read_json, read_jsonl, replace_file, require, run,
+                    json_line, naming, number, read_json, read_jsonl, replace_file, require, run,
                     same_settings, write_bytes, write_json)
 
 import numpy as np
@@ -295,7 +295,7 @@ class Progress:
         same_settings(recorded, settings, begun or self.is_finished)
         if begun:
             path = self.folder / "training.pt"
-            with hub.naming(f"{path} (delete it to start over)"):
+            with naming(f"{path} (delete it to start over)"):
                 require(not zipfile.ZipFile(path).testzip(), "a checksum differs")
                 self.saved = torch.load(path, weights_only=True, map_location="cpu")
                 vars(self).update((name, self.saved["position"][name]) for name in self.POSITION)
@@ -544,8 +544,7 @@ def main(argv=None):
                     for name in args.student}
         stages = {"all"}.union(*(student["steps"] for student in students.values()))
         for stage, _ in args.steps:
-            require(stage in stages,
-                    f"--steps {stage}=...: choose of {', '.join(sorted(stages))}")
+            require(stage in stages, f"--steps {stage}=...: choose of {', '.join(sorted(stages))}")
         pairs, data = load_pairs(load_tokenizer(source), task, args.limit, args.subset_seed,
                                  args.prompt_file, args.only_right)
         data |= dict(teacher=hub.fingerprint(source), d_state=args.d_state, kl=args.kl,

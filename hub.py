@@ -12,25 +12,13 @@ import itertools
 import json
 import re
 import zlib
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from common import (check_fields, first_line, optional_json, read_json, replace_file, require,
-                    write_json)
-
-
-@contextmanager
-def naming(what):
-    """Any exception inside becomes a ValueError of one line: `what` cannot be used, and why."""
-    try:
-        yield
-    except Exception as error:
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{what} cannot be used: {kind}{first_line(error)}") from None
+from common import check_fields, naming, optional_json, read_json, replace_file, require, write_json
 
 
 # ---- folders

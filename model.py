@@ -34,7 +34,7 @@ import torch.nn.functional as F
 import decode_kernels
 import hub
 import kernels
-from common import check_fields, require
+from common import check_fields, naming, require
 
 
 @dataclass
@@ -502,12 +502,11 @@ def stretched(frequencies, scaling):
     return (1 - kept) * frequencies / factor + kept * frequencies
 
 
+@dataclass
 class State:
-    """Where every row of a batch stands: lengths (B,) int64, and for each layer its cache, a dict
-    of tensors with the rows in front."""
-
-    def __init__(self, lengths, layers):
-        self.lengths, self.layers = lengths, layers
+    """Where every row of a batch stands."""
+    lengths: torch.Tensor  # (B,) int64
+    layers: list  # of each its cache, a dict of tensors with the rows in front
 
     def put(self, rows, source, places):
         """Make `rows` copies of the rows `places` of another state, whose caches may be shorter."""
@@ -627,7 +626,7 @@ def from_pretrained(cls, path_or_repo, device=None, dtype=None):
     """
     folder = hub.checkpoint_folder(path_or_repo)
     fields = hub.read_config(folder)
-    with torch.device("meta"), hub.naming(f"{folder}/config.json"):  # shapes without memory
+    with torch.device("meta"), naming(f"{folder}/config.json"):  # shapes without memory
         lm = cls(Config(**fields))
     shapes = {name: tuple(tensor.shape) for name, tensor in lm.state_dict().items()}
 

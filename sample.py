@@ -288,9 +288,9 @@ def with_checks(generate):
                     f"{name} = {value!r} is no {kind.__name__}, {least:g} to {most:g}")
         ids = range(lm.config.vocab_size)
         for prompt in prompts if isinstance(prompts, list) else [prompts]:
-            if not (isinstance(prompt, list) and prompt
-                    and all(type(token) is int and token in ids for token in prompt)):
-                raise ValueError(f"prompts: {prompt!r:.60} is no list of ids below {ids.stop}")
+            require(isinstance(prompt, list) and prompt
+                    and all(type(token) is int and token in ids for token in prompt),
+                    f"prompts: {prompt!r:.60} is no list of ids below {ids.stop}")
         return generate(lm, prompts, **settings)
     return checked
 
