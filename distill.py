@@ -476,23 +476,23 @@ def built_in_teacher(folder, task):
     return str(folder)
 
 
-def student_settings(name, config, task, args):
+def student_settings(name, config, task, recipe, mixer, layers, steps, scale, lr, batch_tokens):
     """How a student of a teacher of this Config is made: as asked for, or by its name and task."""
     student = STUDENTS.get(name.split("-")[0], STUDENTS["pure"])
-    recipe, mixer, asked = args.recipe or student[0], args.mixer or student[1], dict(args.steps)
-    layers = student[2] if args.attention_layers is None else args.attention_layers
+    recipe, mixer = recipe or student[0], mixer or student[1]
+    layers = student[2] if layers is None else layers
     mixers = [kept if i in layers else mixer for i, kept in enumerate(config.mixers)]
     require(mixers != config.mixers and {*layers} <= {*range(config.n_layers)},
             f"--attention-layers {layers}: nothing to distil; keep some, not all, of layers 0 "
             f"to {config.n_layers - 1}")
-    steps = {stage: asked.get(stage, asked.get("all", round(count * args.scale)))
+    steps = {stage: steps.get(stage, steps.get("all", round(count * scale)))
              for stage, count in STEPS[recipe].items()}
     require(not steps.get("matrices") or hasattr(MIXERS[mixer], "mixing_matrix"),
             f"--mixer {mixer} has no matrix to orient: add --steps matrices=0")
     # the built-in task's batches are cheap: it is updates that count
     usual = (5e-4, 768) if task == "arithmetic" else (2e-3 * min(1.0, 64 / config.d_model), 6144)
-    return dict(recipe=recipe, mixers=mixers, steps=steps, lr=args.lr or usual[0],
-                batch_tokens=args.batch_tokens or usual[1])
+    return dict(recipe=recipe, mixers=mixers, steps=steps, lr=lr or usual[0],
+                batch_tokens=batch_tokens or usual[1])
 
 
 def layer_list(text):  # "0,2" or "none"
@@ -535,15 +535,16 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    suffix, task = SUFFIX[args.size], task_for(args.size, args.task)
+    steps, suffix, task = dict(args.steps), SUFFIX[args.size], task_for(args.size, args.task)
     with parallel.processes(args.device):
         hardware = Hardware(*(getattr(args, name) for name in Hardware.__annotations__))
         source = args.teacher or built_in_teacher(Path(args.out, "teacher" + suffix), task)
         config = Config(**hub.read_config(source))
-        students = {name + suffix: student_settings(name, config, task, args)
-                    for name in args.student}
+        students = {name + suffix: student_settings(
+            name, config, task, args.recipe, args.mixer, args.attention_layers, steps,
+            args.scale, args.lr, args.batch_tokens) for name in args.student}
         stages = {"all"}.union(*(student["steps"] for student in students.values()))
-        for stage, _ in args.steps:
+        for stage in steps:
             require(stage in stages, f"--steps {stage}=...: choose of {', '.join(sorted(stages))}")
         pairs, data = load_pairs(load_tokenizer(source), task, args.limit, args.subset_seed,
                                  args.prompt_file, args.only_right)

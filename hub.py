@@ -254,7 +254,7 @@ def read_tensors(folder, shapes, cast):
 
 def write_checkpoint(folder, fields, tensors):
     """Writes model.safetensors and, from the fields of Config, config.json."""
-    dtype = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
+    dtype = str(tensors["model.embed_tokens.weight"].dtype)[6:]
     config = WRITTEN | dict(architectures=["LlamaForCausalLM"], torch_dtype=dtype) | {
         HF_KEYS[field]: value for field, value in fields.items()}
     config["eos_token_id"] = config["eos_token_id"] or None

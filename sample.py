@@ -326,7 +326,7 @@ def resume(path, lm, fields, belongs, settings, **about):
                              f"another run: delete the file, or choose another place")
         records[pair] = record
     settings = settings | dict(processes=parallel.world(), device=lm.device.type,
-                               dtype=str(lm.dtype).removeprefix("torch."))
+                               dtype=str(lm.dtype)[6:])
     beside = path.with_suffix(".json")
     same_settings(beside, settings, bool(records))
     parallel.wait()  # until all have read what is there

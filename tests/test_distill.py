@@ -338,7 +338,9 @@ def test_training_follows_the_schedule(command, tiny_out):
 def test_what_a_student_is_by_default_and_as_asked(name, options, expected):
     """Of a teacher of four layers and width 128: 2e-3 is halved."""
     args = distill.parse_args(options.split())
-    found = distill.student_settings(name, Config(d_model=128), args.task, args)
+    found = distill.student_settings(
+        name, Config(d_model=128), args.task, args.recipe, args.mixer, args.attention_layers,
+        dict(args.steps), args.scale, args.lr, args.batch_tokens)
     assert {key: found[key] for key in expected} == expected
 
 
