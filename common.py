@@ -30,6 +30,16 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
+@contextlib.contextmanager
+def naming(what, fault="cannot be used"):
+    """Any exception inside becomes a ValueError of one line: `what` cannot be used, and why."""
+    try:
+        yield
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{what} {fault}: {kind}{first_line(error)}") from None
+
+
 def run(main, lower="the batch", child=False, resumes=True):
     """Run a script's main: a user's mistake ends in one line and exit code 2.
 
@@ -98,8 +108,8 @@ def number(least, most=10 ** 12, kind=int):
         try:
             value = kind(text)
         except ValueError:
-            whole = "whole " if kind is int else ""
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number") from None
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a {'whole ' * (kind is int)}number") from None
         if not least <= value <= most:  # refuses nan too
             raise argparse.ArgumentTypeError(f"{text} is out of range, {least:g} to {most:g}")
         return value
@@ -130,6 +140,12 @@ def parse_json(content, where):
 
 def read_json(path):
     return parse_json(Path(path).read_bytes(), path)
+
+
+def optional_json(*parts):
+    """The dict in a JSON file, {} if there is none."""
+    path = Path(*parts)
+    return read_json(path) if path.is_file() else {}
 
 
 FIELDS = {kind: (name, lambda v, kind=kind: type(v) is kind) for kind, name in {
@@ -214,7 +230,7 @@ def same_settings(path, settings, begun):
     differ = [f"{name} = {old.get(name)!r} there, {new.get(name)!r} now"
               for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
     require(not differ, f"{path} is of a run with other settings ({'; '.join(differ)}): rerun with "
-                        f"those, choose another --out, or delete that folder")
+                        "those, choose another --out, or delete that folder")
 
 
 @contextlib.contextmanager
@@ -230,17 +246,17 @@ def locked(folder):
         yield
     except BlockingIOError:
         raise ValueError(f"another process is working in {folder}: wait for it, "
-                         f"or choose another --out") from None
+                         "or choose another --out") from None
     finally:
         os.close(handle)
 
 
 def find_models(out):
     """Folders of the finished checkpoints under `out`: the teacher first, then by name."""
-    models = [path.parent for path in Path(out).glob("*/config.json")]
-    models = [(model.name != "teacher", str(model)) for model in models if model.suffix != ".tmp"]
+    models = sorted(str(path.parent) for path in Path(out).glob("*/config.json")
+                    if path.parent.suffix != ".tmp")
     require(models, f"no models under {out}/: run python distill.py first, or use --model")
-    return [model for _, model in sorted(models)]
+    return sorted(models, key=lambda model: Path(model).name != "teacher")
 
 
 def own_teacher(name):
@@ -250,7 +266,6 @@ def own_teacher(name):
 
 # ---- task and device
 def add_task_options(add, limit=None):
-    """Add --task and what is taken of it."""
     add("--task", default="arithmetic", help="or gsm8k, math500, openmath2, openmath2[1000:2000], "
         "a .jsonl file of problems, solutions or samples")
     add("--limit", type=number(1), default=limit, help="how many problems; without it, all")
@@ -260,7 +275,6 @@ def add_task_options(add, limit=None):
 
 
 def add_device_options(add):
-    """Add --device and --dtype, arguments of choose_device."""
     add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda, else float32")
 

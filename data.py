@@ -15,8 +15,8 @@ from pathlib import Path
 import tiktoken
 
 import hub
-from common import check_fields, json_lines, read_json, require, write_json
-from hub import HUB, naming
+from common import check_fields, json_lines, naming, read_json, require, write_json
+from hub import HUB
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def hub_problems(task, split):
     """The problems of a data set of the Hub, of task[first:end] those rows."""
     name, *rows = re.fullmatch(r"(\w+)(?:\[(\d+):(\d+)\])?|.*", task, re.S).groups()
     require(name in HUB, f"unknown task {task!r}: choose {', '.join([*BUILT_IN, *HUB])}, "
-                         f"openmath2[1000:2000] or a .jsonl file")
+                         "openmath2[1000:2000] or a .jsonl file")
     # openmath2 has 14 million
     first, end = map(int, rows) if rows[0] else (0, 50_000 if name == "openmath2" else None)
     return [problem_from(row, f"{split}/{i}", f"{name}, row {i}")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
 from common import (Parser, add_device_options, add_task_options, choose_device, crc, folder_name,
-                    json_line, number, read_json, read_jsonl, replace_file, require, run,
+                    json_line, naming, number, read_json, read_jsonl, replace_file, require, run,
                     same_settings, write_bytes, write_json)
 
 import numpy as np
@@ -156,8 +156,7 @@ def batches(pairs, tokens_per_batch, max_length, seed, steps=0, start=1.0):
             for group in filter(None, groups):
                 yield collate(group)
                 step += 1
-        if not step:
-            raise ValueError(f"every solution is longer than max_length = {max_length} tokens")
+        require(step, f"every solution is longer than max_length = {max_length} tokens")
 
 
 # ---- the training loop
@@ -290,13 +289,13 @@ class Progress:
         recorded, names, metrics = self.folder / "training.json", os.listdir(folder), []
         require(not names or recorded.exists() and "steps" in read_json(recorded),
                 f"{folder} holds what this command did not make, or lost its training.json: "
-                f"choose another --out")
+                "choose another --out")
         begun = "training.pt" in names
         self.is_finished = "config.json" in names and not begun
         same_settings(recorded, settings, begun or self.is_finished)
         if begun:
             path = self.folder / "training.pt"
-            with hub.naming(f"{path} (delete it to start over)"):
+            with naming(f"{path} (delete it to start over)"):
                 require(not zipfile.ZipFile(path).testzip(), "a checksum differs")
                 self.saved = torch.load(path, weights_only=True, map_location="cpu")
                 vars(self).update((name, self.saved["position"][name]) for name in self.POSITION)
@@ -540,13 +539,13 @@ def main(argv=None):
     with parallel.processes(args.device):
         hardware = Hardware(*(getattr(args, name) for name in Hardware.__annotations__))
         source = args.teacher or built_in_teacher(Path(args.out, "teacher" + suffix), task)
-        config = Config(**hub.read_config(hub.checkpoint_folder(source)))
+        config = Config(**hub.read_config(source))
         students = {name + suffix: student_settings(
             name, config, task, args.recipe, args.mixer, args.attention_layers, steps,
             args.scale, args.lr, args.batch_tokens) for name in args.student}
         stages = {"all"}.union(*(student["steps"] for student in students.values()))
-        if unknown := steps.keys() - stages:
-            raise ValueError(f"--steps {min(unknown)}=...: choose of {', '.join(sorted(stages))}")
+        for stage in steps:
+            require(stage in stages, f"--steps {stage}=...: choose of {', '.join(sorted(stages))}")
         pairs, data = load_pairs(load_tokenizer(source), task, args.limit, args.subset_seed,
                                  args.prompt_file, args.only_right)
         data |= dict(teacher=hub.fingerprint(source), d_state=args.d_state, kl=args.kl,

@@ -14,8 +14,8 @@ import functools
 from pathlib import Path
 from typing import NamedTuple
 
-from common import (Parser, crc, folder_name, number, own_teacher, read_json, read_jsonl, require,
-                    run, write_json)
+from common import (Parser, crc, folder_name, number, optional_json, own_teacher, read_jsonl,
+                    require, run, write_json)
 
 import numpy as np
 from tqdm import tqdm
@@ -260,14 +260,13 @@ def read_model(folder, scores, seed):
     while all((p, n) in found for p in problems):
         n += 1
     require(n, f"{path} has no complete round, one sample of each problem: run python sample.py, "
-               f"with more --seconds")
+               "with more --seconds")
     if scores:
         add_scores(found, folder / scores)
     curves = grade([[found[p, s] for s in range(n)] for p in problems])
     k = np.unique([*2 ** np.arange(n.bit_length()), n])  # 1, 2, 4, ... and n
     tokens, seconds = zip(*((r["num_tokens"], r["seconds"]) for r in found.values()))
-    beside = folder / "samples.json"
-    entry = dict(params=read_json(beside).get("params") if beside.exists() else None,
+    entry = dict(params=optional_json(folder, "samples.json").get("params"),
                  tokens_per_second=sum(tokens) / max(seconds) if max(seconds) else None,
                  k=k.tolist())
     for rule, curve in curves.items():

@@ -12,30 +12,13 @@ import itertools
 import json
 import re
 import zlib
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from common import check_fields, first_line, read_json, replace_file, require, write_json
-
-
-@contextmanager
-def naming(what):
-    """Any exception inside becomes a ValueError of one line: `what` cannot be used, and why."""
-    try:
-        yield
-    except Exception as error:
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{what} cannot be used: {kind}{first_line(error)}") from None
-
-
-def optional_json(folder, name):
-    """The dict in a JSON file, {} if there is none."""
-    path = Path(folder, name)
-    return read_json(path) if path.is_file() else {}
+from common import check_fields, naming, optional_json, read_json, replace_file, require, write_json
 
 
 # ---- folders
@@ -179,9 +162,9 @@ def read_layout(folder):
         return mamba_fields(fields, released), stored, mamba_in_llama_tensors
 
 
-def read_config(folder):
-    """Fields of model.Config in a folder's config.json, without those that it leaves open."""
-    return read_layout(folder)[0]
+def read_config(path_or_repo):
+    """Fields of model.Config in a config.json, without those that it leaves open."""
+    return read_layout(checkpoint_folder(path_or_repo))[0]
 
 
 # ---- weights
@@ -271,7 +254,7 @@ def read_tensors(folder, shapes, cast):
 
 def write_checkpoint(folder, fields, tensors):
     """Writes model.safetensors and, from the fields of Config, config.json."""
-    dtype = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
+    dtype = str(tensors["model.embed_tokens.weight"].dtype)[6:]
     config = WRITTEN | dict(architectures=["LlamaForCausalLM"], torch_dtype=dtype) | {
         HF_KEYS[field]: value for field, value in fields.items()}
     config["eos_token_id"] = config["eos_token_id"] or None

@@ -31,10 +31,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import common
 import decode_kernels
 import hub
 import kernels
+from common import check_fields, naming, require
 
 
 @dataclass
@@ -162,9 +162,9 @@ class Mamba(nn.Module):
         super().__init__()
         self.inner, inner_kv = (n * config.head_dim for n in (config.n_heads, config.n_kv_heads))
         self.d_state, self.repeats = config.d_state or 16, config.n_heads // config.n_kv_heads
-        if inner_kv % self.d_state:
-            raise ValueError(f"d_state = {self.d_state} does not divide n_kv_heads x head_dim = "
-                             f"{inner_kv}: the mamba mixer groups channels by d_state")
+        require(inner_kv % self.d_state == 0,
+                f"d_state = {self.d_state} does not divide n_kv_heads x head_dim = {inner_kv}: the "
+                "mamba mixer groups channels by d_state")
         self.in_proj_x = Linear(config.d_model, inner_kv)
         self.B_proj = Linear(config.d_model, inner_kv)
         self.C_proj = Linear(config.d_model, self.inner)
@@ -332,11 +332,10 @@ class LM(nn.Module):
 
     def init_state(self, batch, max_length, state_dtype=None):
         """An empty State for `batch` rows of up to `max_length` tokens; h is of state_dtype."""
-        state_dtype = state_dtype or self.state_dtype
         like = self.model.embed_tokens.weight.detach()
         lengths = torch.zeros(batch, dtype=torch.long, device=self.device)
-        return State(lengths, [block.mixer.init_cache(batch, max_length, like, state_dtype)
-                               for block in self.layers])
+        return State(lengths, [block.mixer.init_cache(
+            batch, max_length, like, state_dtype or self.state_dtype) for block in self.layers])
 
     def rope(self, positions):
         """cos and sin at positions (B, L), each (B, 1, L, P) in the model's dtype."""
@@ -420,9 +419,9 @@ def student_from(teacher, mixers, d_state=None, transfer=True):
     for i, (block, source) in enumerate(zip(student.layers, teacher.layers)):
         if type(block.mixer) is type(source.mixer):
             continue
-        if not isinstance(source.mixer, Attention) or type(block.mixer) not in FROM_ATTENTION:
-            raise ValueError(f"layer {i} of the teacher is {teacher.config.mixers[i]}: it cannot "
-                             f"be turned into {mixers[i]}")
+        require(isinstance(source.mixer, Attention) and type(block.mixer) in FROM_ATTENTION,
+                f"layer {i} of the teacher is {teacher.config.mixers[i]}: it cannot be turned into "
+                f"{mixers[i]}")
         with torch.no_grad():
             FROM_ATTENTION[type(block.mixer)](block.mixer, source.mixer, transfer)
     return cast(student, teacher.device, teacher.dtype)
@@ -478,14 +477,11 @@ def check(config):
     """ValueError for a Config that no model can have; mixers check what they can take."""
     mixers, heads, kv_heads = config.mixers, config.n_heads, config.n_kv_heads
     unknown = [mixer for mixer in mixers if mixer not in [*MIXERS]]
-    for wrong, complaint in (
-            (len(mixers) != config.n_layers,
-             f"mixers has {len(mixers)} entries for n_layers = {config.n_layers}"),
-            (unknown, f"unknown mixer {unknown[:1]}: choose from {', '.join(MIXERS)}"),
-            (heads % kv_heads, f"n_heads = {heads} is no multiple of n_kv_heads = {kv_heads}"),
-            (config.head_dim % 2, f"head_dim = {config.head_dim} is odd: RoPE rotates pairs")):
-        if wrong:
-            raise ValueError(complaint)
+    require(len(mixers) == config.n_layers,
+            f"mixers has {len(mixers)} entries for n_layers = {config.n_layers}")
+    require(not unknown, f"unknown mixer {unknown[:1]}: choose from {', '.join(MIXERS)}")
+    require(heads % kv_heads == 0, f"n_heads = {heads} is no multiple of n_kv_heads = {kv_heads}")
+    require(config.head_dim % 2 == 0, f"head_dim = {config.head_dim} is odd: RoPE rotates pairs")
     rope_frequencies(config)  # refuses an unknown kind of RoPE now, not at the first token
 
 
@@ -496,22 +492,21 @@ def stretched(frequencies, scaling):
     kind = scaling.get("rope_type", scaling.get("type", "llama3"))
     if kind == "default":
         return frequencies
-    if kind != "llama3":
-        raise ValueError(f"unsupported RoPE type {kind!r}: 'default' and 'llama3' are implemented")
+    require(kind == "llama3",
+            f"unsupported RoPE type {kind!r}: 'default' and 'llama3' are implemented")
     keys = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
-    common.check_fields(scaling, dict.fromkeys(keys, float), "llama3 RoPE scaling")
+    check_fields(scaling, dict.fromkeys(keys, float), "llama3 RoPE scaling")
     factor, low, high, original = (scaling[key] for key in keys)
     turns = original * frequencies / (2 * math.pi)  # full turns within the original context
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - kept) * frequencies / factor + kept * frequencies
 
 
+@dataclass
 class State:
-    """Where every row of a batch stands: lengths (B,) int64, and for each layer its cache, a dict
-    of tensors with the rows in front."""
-
-    def __init__(self, lengths, layers):
-        self.lengths, self.layers = lengths, layers
+    """Where every row of a batch stands."""
+    lengths: torch.Tensor  # (B,) int64
+    layers: list  # of each its cache, a dict of tensors with the rows in front
 
     def put(self, rows, source, places):
         """Make `rows` copies of the rows `places` of another state, whose caches may be shorter."""
@@ -602,7 +597,6 @@ def masked(x, reads, value):
 
 
 def keep(cache, h):
-    """Write h into a cache, if there is one."""
     if cache is not None:
         cache["h"].copy_(h)
 
@@ -632,7 +626,7 @@ def from_pretrained(cls, path_or_repo, device=None, dtype=None):
     """
     folder = hub.checkpoint_folder(path_or_repo)
     fields = hub.read_config(folder)
-    with torch.device("meta"), hub.naming(f"{folder}/config.json"):  # shapes without memory
+    with torch.device("meta"), naming(f"{folder}/config.json"):  # shapes without memory
         lm = cls(Config(**fields))
     shapes = {name: tuple(tensor.shape) for name, tensor in lm.state_dict().items()}
 

@@ -26,7 +26,6 @@ def rank():
 
 
 def world():
-    """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 

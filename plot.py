@@ -6,12 +6,12 @@ Reads   out/results.json (grade.py), out/<name>/metrics.jsonl and matrices.npz (
 Writes  out/coverage.png, accuracy.png, front.png, results.md; training.png; matrices.png
         (those whose sources are there)
 """
-import contextlib
 import itertools
 import json
 from pathlib import Path
 
-from common import Parser, number, read_json, read_jsonl, replace_file, require, run, write_bytes
+from common import (Parser, naming, number, optional_json, read_jsonl, replace_file, require, run,
+                    write_bytes)
 
 import matplotlib
 matplotlib.use("Agg")  # files only, no window
@@ -155,14 +155,7 @@ def draw_training(logs, look):
     return fig
 
 
-@contextlib.contextmanager
-def written_by(script, path):
-    """Whatever goes wrong with the content of a file becomes an error that names the file."""
-    try:
-        yield
-    except Exception as error:  # numpy and matplotlib have many
-        raise ValueError(f"{path} was not written by this {script} ({error!r}): "
-                         f"run python {script} again") from None
+FOREIGN = "was not written by this {0} (run python {0} again)"
 
 
 def read_log(path):
@@ -180,7 +173,7 @@ def read_matrices(path):
     """What draw_matrices needs: L tokens, a layer, {moment: (heads, L, L)}; {} without a file."""
     if not path.exists():
         return {}
-    with written_by("distill.py", path), np.load(path) as file:  # no pickles, which can hold code
+    with naming(path, FOREIGN.format("distill.py")), np.load(path) as file:  # it takes no pickles
         length = len(file["tokens"])
         return dict(tokens=file["tokens"], layer=int(file["layer"]), **{
             moment: file[moment].astype(np.float64).reshape(-1, length, length)
@@ -190,12 +183,12 @@ def read_matrices(path):
 def figures(out):
     """Yield (file name, figure or text) of all that there is to draw under `out`."""
     path, names = out / "results.json", in_order(folder.name for folder in out.glob("*/"))
-    results = read_json(path) if path.exists() else {}
+    results = optional_json(path)
     logs = {name: log for name in names if (log := read_log(out / name / "metrics.jsonl"))}
     matrices = {name: m for name in names if (m := read_matrices(out / name / "matrices.npz"))}
     require(results or logs or matrices, f"nothing to draw under {out}/: run python distill.py, "
-            f"sample.py and grade.py first, or name another --out")
-    with written_by("grade.py", path):
+            "sample.py and grade.py first, or name another --out")
+    with naming(path, FOREIGN.format("grade.py")):
         json.dumps(results, allow_nan=False)  # 1e999 was read as infinity
         models = results["models"] if results else {}
         look = styles(in_order({*logs, *matrices, *models}))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import (Parser, add_device_options, add_task_options, choose_device, crc, device_name,
-                    find_models, json_line, number, read_json, read_jsonl, require, run,
+                    find_models, json_line, number, optional_json, read_jsonl, require, run,
                     same_settings, write_json)
 
 import torch
@@ -284,13 +284,13 @@ def with_checks(generate):
     def checked(lm, prompts, **settings):
         for name, (least, most, *_) in SETTINGS.items():
             value, kind = settings.get(name, least), type(least)
-            if not isinstance(value, (int, kind)) or not least <= value <= most:  # refuses nan too
-                raise ValueError(f"{name} = {value!r} is no {kind.__name__}, {least:g} to {most:g}")
+            require(isinstance(value, (int, kind)) and least <= value <= most,  # refuses nan too
+                    f"{name} = {value!r} is no {kind.__name__}, {least:g} to {most:g}")
         ids = range(lm.config.vocab_size)
         for prompt in prompts if isinstance(prompts, list) else [prompts]:
-            if not (isinstance(prompt, list) and prompt
-                    and all(type(token) is int and token in ids for token in prompt)):
-                raise ValueError(f"prompts: {prompt!r:.60} is no list of ids below {ids.stop}")
+            require(isinstance(prompt, list) and prompt
+                    and all(type(token) is int and token in ids for token in prompt),
+                    f"prompts: {prompt!r:.60} is no list of ids below {ids.stop}")
         return generate(lm, prompts, **settings)
     return checked
 
@@ -308,10 +308,10 @@ def read_settings(path, key):
     text of this key, as those of another program."""
     beside = path.with_suffix(".json")
     if beside.exists() or path.exists() and path.stat().st_size:
-        settings = beside.exists() and read_json(beside).get("settings")
+        settings = optional_json(beside).get("settings")
         require(isinstance(settings, dict) and isinstance(settings.get(key), str),
                 f"{beside}, the settings of {path}, is missing or foreign: choose another place, "
-                f"or delete the latter")
+                "or delete the latter")
         return settings
 
 
@@ -326,7 +326,7 @@ def resume(path, lm, fields, belongs, settings, **about):
                              f"another run: delete the file, or choose another place")
         records[pair] = record
     settings = settings | dict(processes=parallel.world(), device=lm.device.type,
-                               dtype=str(lm.dtype).removeprefix("torch."))
+                               dtype=str(lm.dtype)[6:])
     beside = path.with_suffix(".json")
     same_settings(beside, settings, bool(records))
     parallel.wait()  # until all have read what is there
@@ -413,7 +413,7 @@ def main(argv=None):
         device, dtype = choose_device(args.device, args.dtype)
         models = args.model or find_models(args.out)
         for model in models:
-            hub.read_config(hub.checkpoint_folder(model))  # a mistake is told before data is read
+            hub.read_config(model)  # a mistake is told before data is read
         problems = choose_subset(load_task(args.task, args.split), args.limit, args.subset_seed)
         require(len(problems) >= parallel.world(),  # one without would search for its own forever
                 f"{len(problems)} problems: too few for {parallel.world()} processes")
