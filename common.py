@@ -266,8 +266,8 @@ def own_teacher(name):
 
 # ---- task and device
 def add_task_options(add, limit=None):
-    add("--task", default="arithmetic", help="or gsm8k, math500, openmath2, openmath2[1000:2000], "
-        "a .jsonl file of problems, solutions or samples")
+    add("--task", default="arithmetic", help="or arithmetic6, gsm8k, math500, openmath2, "
+        "openmath2[1000:2000], a .jsonl file of problems, solutions or samples")
     add("--limit", type=number(1), default=limit, help="how many problems; without it, all")
     add("--subset-seed", type=number(0), help="take them at random; default: the first")
     add("--prompt-file", help="text around {question}; default: an instruction to reason, nothing "
