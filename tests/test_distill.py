@@ -89,9 +89,13 @@ def test_the_logits_of_few_answer_tokens_are_in_memory_at_once(make_lm, monkeypa
         monkeypatch.setattr(distill, "POSITIONS", positions)
         student.zero_grad()
         with Widest() as widest:
-            value = loss(student, teacher, batch)
+            kept = []
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.shape), t)[1],
+                                                          lambda t: t):
+                value = loss(student, teacher, batch)
             value.backward()
         assert widest.rows == min(50, positions)
+        assert ((50, Widest.V) in kept) == (positions > 50) and (9, Widest.V) not in kept
         found.append([value.detach(), *(p.grad for p in student.parameters())])
     for one, other in zip(*found):
         assert_close(one, other)

@@ -132,6 +132,16 @@ def check_ragged(lm, lengths, splits=(1,) * 9):
         assert_close(found[row], wanted[row][end:end + more])
 
 
+def test_rope_turns_pairs_by_position_times_frequency(make_lm):
+    """Each pair (i, i + P/2) as a complex number, at positions of each row's own."""
+    lm, x = make_lm(), torch.randn(2, 4, 3, 8)
+    positions = torch.tensor([[0, 1, 2], [7, 8, 9]])
+    angles = positions[:, None, :, None] * 10000 ** (-torch.arange(4).double() / 4)
+    turned = torch.complex(*x.double().chunk(2, -1)) * torch.polar(torch.ones_like(angles), angles)
+    wanted = torch.cat((turned.real, turned.imag), -1)
+    assert_close(model.apply_rope(x, *lm.rope(positions)), wanted, torch.float32)
+
+
 @pytest.mark.parametrize("splits", [[1] * 23, [22, 1], [5] + [1] * 18, [2, 1, 1, 7, 3, 9]],
                          ids=["1 by 1", "22+1", "5, 1s", "mix"])
 def test_decoding_equals_one_parallel_pass(make_lm, pattern, splits):

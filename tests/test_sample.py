@@ -123,13 +123,13 @@ def test_top_p_and_top_k_keep_what_transformers_keeps():
 def test_on_a_gpu_one_kernel_chooses_the_tokens(dtype, top_p):
     """Of two blocks of the vocabulary, with ties and in their order: u lies between what comes
     before the token and what ends with it."""
-    logits = (3 * torch.randn(6, 5000, generator=torch.Generator().manual_seed(0))).to(dtype)
-    logits[3:] = (2 * logits[3:]).round() / 2
-    logits[0, 7], logits[3, 9], logits[1, ::2] = torch.nan, torch.inf, -torch.inf
-    u = torch.tensor([0.5, 0.0, 1 - 2 ** -23, 0.5, 0.2, 0.7])
+    logits = (3 * torch.randn(8, 5000, generator=torch.Generator().manual_seed(0))).to(dtype)
+    logits[4:] = (2 * logits[4:]).round() / 2
+    logits[0, 7], logits[4, 9], logits[1, ::2] = torch.nan, torch.inf, -torch.inf
+    u = torch.tensor([0.5, 0.0, 0.9, 1 - 2 ** -23] * 2)
     tokens = decode_kernels.choose_token(logits.to(DEVICE), u.to(DEVICE), 0.7, top_p).tolist()
-    assert tokens[0] == tokens[3] == 5000
-    for row in 1, 2, 4, 5:
+    assert tokens[0] == tokens[4] == 5000 and (top_p < 0.1 or max(tokens[:3]) > 4096)
+    for row in 1, 2, 3, 5, 6, 7:
         p = distribution(logits[row].float(), 0.7, 0, top_p)
         before = p[:tokens[row]].sum()
         assert p[tokens[row]] and before - 1e-5 <= u[row] <= before + p[tokens[row]] + 1e-5

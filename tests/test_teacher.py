@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import data
 import distill
+import grade
 import hub
 import sample
 import teacher
@@ -53,6 +54,9 @@ def test_the_large_experiment_is_the_same_commands(tmp_path, monkeypatch):
             sample.main, "--task arithmetic6 --limit 2 --num-samples 2 --batch-size 3 "
                          "--max-new-tokens 5".split())):
         main([*options, "--device", "cpu", "--out", str(out)])
+    grade.main(["--out", str(out)])
+    compared = json.loads((out / "results.json").read_text())["models"]["pure-large"]
+    assert compared["teacher"] == "teacher-large"
     for name in "teacher-large", "pure-large", "hybrid-large":
         assert json.loads((out / name / "training.json").read_text())["task"] == "arithmetic6"
         first, *rest = (out / name / "samples.jsonl").read_text().splitlines()
