@@ -126,7 +126,8 @@ def test_on_a_gpu_one_kernel_chooses_the_tokens(dtype, top_p):
     logits = (3 * torch.randn(8, 5000, generator=torch.Generator().manual_seed(0))).to(dtype)
     logits[4:] = (2 * logits[4:]).round() / 2
     logits[0, 7], logits[4, 9], logits[1, ::2] = torch.nan, torch.inf, -torch.inf
-    u = torch.tensor([0.5, 0.0, 0.9, 1 - 2 ** -23] * 2)
+    logits[7], logits[7, -1] = 0, 5  # of 4,999 equal ones 4,375 are kept, more than a block has
+    u = torch.tensor([0.5, 0.0, 0.9, 1 - 2 ** -23, 0.5, 0.0, 0.9, 0.8])
     tokens = decode_kernels.choose_token(logits.to(DEVICE), u.to(DEVICE), 0.7, top_p).tolist()
     assert tokens[0] == tokens[4] == 5000 and (top_p < 0.1 or max(tokens[:3]) > 4096)
     for row in 1, 2, 3, 5, 6, 7:
