@@ -247,9 +247,7 @@ def main(argv=None):
     add("--memory", type=number(1, 1e6), default=80, help="GB, to be filled by --ceiling")
     add = parser.group("where and how often")
     add("--repeats", type=number(1, 1000), default=3, help="turns")
-    add_device_options(add)
-    add("--state-dtype", choices=["float32", "bfloat16"], default="float32",
-        help="of students' states")
+    add_device_options(add, states=True)
     add("--out", default="out", help="lines go to OUT/bench.jsonl")
     args = parser.parse_args(argv)
     sizes, shape = (args.batch, args.prompt, args.generate), args.shape or ["tiny"]

@@ -46,7 +46,8 @@ def run(main, lower="the batch", child=False, resumes=True):
     lower: what to lower when memory runs out. child: its parent ends it and reports. resumes:
     after an interruption, the same command goes on.
     """
-    sys.stdout.reconfigure(line_buffering=True)
+    with contextlib.suppress(AttributeError):  # a notebook's, or closed
+        sys.stdout.reconfigure(line_buffering=True)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     # else a shell's background jobs ignore Ctrl-C
     signal.signal(signal.SIGINT, signal.SIG_IGN if child else signal.default_int_handler)
@@ -69,6 +70,7 @@ def run(main, lower="the batch", child=False, resumes=True):
 
 
 def require(condition, complaint):
+    """ValueError(complaint) unless the condition holds."""
     if not condition:
         raise ValueError(complaint)
 
@@ -139,6 +141,7 @@ def parse_json(content, where):
 
 
 def read_json(path):
+    """The dict in a JSON file."""
     return parse_json(Path(path).read_bytes(), path)
 
 
@@ -206,6 +209,7 @@ def replace_file(path, write):
 
 
 def write_bytes(path, content):
+    """Replace a file by bytes."""
     replace_file(path, lambda temporary: temporary.write_bytes(content))
 
 
@@ -274,9 +278,13 @@ def add_task_options(add, limit=None):
         "for arithmetic")
 
 
-def add_device_options(add):
+def add_device_options(add, states=False):
+    """Add --device and --dtype, arguments of choose_device, and with `states` --state-dtype."""
     add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda, else float32")
+    if states:
+        add("--state-dtype", choices=["float32", "bfloat16"], default="float32",
+            help="of mixers' states, most of what a student's step moves in large batches")
 
 
 def choose_device(device=None, dtype=None):

@@ -21,6 +21,7 @@ from hub import HUB
 
 @dataclass(frozen=True)
 class Problem:
+    """A question with its gold answer."""
     id: str
     question: str
     answer: str  # the gold answer, for grading

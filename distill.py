@@ -416,6 +416,7 @@ def train_in(folder, settings, pairs, stages, lm, teacher, hardware, start):
 
 
 def distill(folder, settings, pairs, source, hardware):
+    """Make a student of the teacher in `source`."""
     teacher = LM.from_pretrained(source, dtype=torch.float32).eval().requires_grad_(False)
     torch.manual_seed(settings["seed"])
     lm = student_from(teacher, settings["mixers"], settings["d_state"], settings["transfer"])

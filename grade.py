@@ -282,7 +282,7 @@ def main(argv=None):
     add("--out", type=Path, default="out", help="folder with one folder per model")
     add("--model", nargs="+", metavar="NAME", default=[], help="only these; default: all")
     add("--teacher", metavar="NAME", help="compare all with this one; default: teacher, or of "
-        "NAME-small teacher-small")
+        "NAME-SIZE teacher-SIZE")
     add("--scores", type=folder_name, metavar="FILE", help="of a judge, in each model's folder; "
         "default: scores.jsonl if all have it")
     add("--seed", type=number(0), default=0, help="of the bootstrap")

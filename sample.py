@@ -400,9 +400,7 @@ def parse_args(argv=None):
         add("--" + name.replace("_", "-"), type=number(least, most, type(least)), default=default,
             help=text)
     add = parser.group("where")
-    add_device_options(add)
-    add("--state-dtype", choices=["float32", "bfloat16"], default="float32",
-        help="of the mixers' states, most of what a step of a student moves in large batches")
+    add_device_options(add, states=True)
     add("--out", default="out", help="samples go to OUT/<model's name>/samples.jsonl")
     return parser.parse_args(argv)
 

@@ -150,7 +150,7 @@ def main(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("judge", nargs="?", metavar="MODEL", help="folder or Hugging Face repository; "
-        "default: teacher in --out, of NAME-small teacher-small")
+        "default: teacher in --out, of NAME-SIZE teacher-SIZE")
     add("--kind", choices=KINDS, default="likelihood", help="what it tells of a text")
     add("--aggregate", choices=AGGREGATE, default="last", help="of the steps' probabilities: "
         "the last, the smallest, or their product")

@@ -107,6 +107,18 @@ def test_lines_are_printed_and_added(device, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count(" nan") == 4 * 5
 
 
+def test_states_in_bfloat16_are_what_decodes_and_what_is_counted(monkeypatch, tmp_path):
+    dtypes, decode = [], bench.decode
+    monkeypatch.setattr(bench, "decode", lambda batch, contexts: (
+        dtypes.append(batch.state.layers[0].get("h", torch.zeros(0)).dtype),
+        decode(batch, contexts)))
+    for dtype in "float32", "bfloat16":
+        bench.main([*TINY, "--state-dtype", dtype, "--out", str(tmp_path)])
+    lines = [json.loads(line) for line in open(tmp_path / "bench.jsonl")]
+    ceilings = {line["state_dtype"]: line["ceiling"] for line in lines if line["model"] == "pure"}
+    assert ceilings["bfloat16"] > ceilings["float32"] and torch.bfloat16 in dtypes
+
+
 def test_kernels_meet_their_peers(monkeypatch, tmp_path, capsys):
     """Peers compute what ours does, values and gradients; who is not installed is named."""
     peers = types.SimpleNamespace(pscan=lambda decay, x: (

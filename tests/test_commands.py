@@ -188,7 +188,7 @@ def test_the_house_is_as_small_as_it_was_drawn():
     above = [text for name in "model kernels data distill sample grade plot".split() for text, _ in
              [(ROOT / f"{name}.py").read_text().split("\n# ---- first reading ends here: ")]]
     assert sum(len(text.splitlines()) for text in above) <= 1_700
-    assert sum(len(path.read_text().splitlines()) for path in TESTS) <= 5_270
+    assert sum(len(path.read_text().splitlines()) for path in TESTS) <= 5_300
     for path in [*FILES, *TESTS]:
         assert max(map(len, path.read_text().splitlines())) <= 100, path
 

@@ -172,6 +172,22 @@ def test_the_device_is_said_with_its_reason(capsys):
             common.choose_device("cuda")
 
 
+@pytest.mark.parametrize("capability, dtype", [(7, torch.float32), (8, torch.bfloat16)])
+def test_a_gpu_that_only_emulates_bfloat16_gets_float32(monkeypatch, capability, dtype):
+    for name, found in (("is_available", True), ("get_device_capability", (capability, 5)),
+                        ("get_device_name", "T4")):
+        monkeypatch.setattr(torch.cuda, name, lambda *device, found=found: found)
+    assert common.choose_device() == (torch.device("cuda"), dtype)
+
+
+def test_a_standard_output_that_is_no_file_is_no_mistake(monkeypatch):
+    """A notebook's, or a closed one."""
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    for stdout in None, object():
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert common.run(lambda: 7) == 7
+
+
 def test_checksums_tell_texts_and_bytes_apart():
     assert len({common.crc(content) for content in ("", "1", "1 ", "é", "\ud800")}) == 5
     assert common.crc("é") == common.crc("é".encode()) and len(common.crc("é")) == 8
