@@ -199,8 +199,7 @@ def mambapy(x, dt, A, B, C, D, z, dt_bias):
 
 
 def bench_kernels(shape, batch, prompt, repeats, device, dtype):
-    """Yield speeds of scans, forward and backward, N = 16, and the largest error of y and all
-    gradients."""
+    """Yield speeds of scans, forward and backward, N = 16, and their largest errors."""
     for name, rows in itertools.product(shape, batch):
         found, runs, work = [], {}, kernels.values_and_gradients
         inputs = kernels.random_inputs(kernels.SCAN_SHAPES, rows, prompt,

@@ -173,18 +173,23 @@ class Stage:
 
 
 def learning_rate(step, steps, peak):
-    """Warm-up, stable, decay: up from 0 over the first 5% of the steps, down over the last 40%."""
-    return peak * min(1.0, (step + 1) / (0.05 * steps), (steps - step) / (0.4 * steps))
+    """Up from 0 over the first 5% of the steps, then down to 0 in a straight line."""
+    return peak * min(1.0, (step + 1) / (0.05 * steps), (steps - step) / (0.95 * steps))
 
 
 def make_optimizer(lm, lr):
-    """AdamW. Only matrices decay: for gains and memory lengths 0 is an arbitrary value."""
-    matrices, others = dict(params=[], weight_decay=0.1), dict(params=[], weight_decay=0.0)
+    """AdamW. Only matrices decay: for gains and memory lengths 0 is an arbitrary value. Mixers
+    other than attention have further to go: they learn at twice the rate.
+    """
+    new = {p for b in lm.layers if type(b.mixer) in FROM_ATTENTION for p in b.mixer.parameters()}
+    groups = {}
     for name, parameter in lm.named_parameters():
         if parameter.requires_grad:
-            is_matrix = parameter.dim() > 1 and weight_dtype(lm, name, None) is None
-            (matrices if is_matrix else others)["params"].append(parameter)
-    return torch.optim.AdamW([matrices, others], lr=lr, betas=(0.9, 0.95), fused=True)
+            decays = parameter.dim() > 1 and weight_dtype(lm, name, None) is None
+            groups.setdefault((0.1 * decays, 1 + (parameter in new)), []).append(parameter)
+    return torch.optim.AdamW([dict(params=group, weight_decay=decay, pace=pace)
+                              for (decay, pace), group in groups.items()],
+                             lr=lr, betas=(0.9, 0.95), fused=True)
 
 
 def train(progress, models, stages, hardware):
@@ -199,7 +204,7 @@ def train(progress, models, stages, hardware):
         for batch in itertools.islice(stage.batches, progress.step, stage.steps):
             lr = learning_rate(progress.step, stage.steps, stage.lr)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["pace"]
             loss = gradient(models, stage, batch, hardware)
             norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
             optimizer.step()
@@ -235,8 +240,8 @@ def gradient(models, stage, batch, hardware):
 # recipe, mixer, layers that keep attention
 STUDENTS = dict(pure=("mohawk", "mamba2", ()), hybrid=("mambainllama", "mamba2", (1,)))
 # a recipe's stages and their steps
-STEPS = dict(mohawk=dict(matrices=60, hidden=200, kl=4400, sft=0),
-             mambainllama=dict(kl=4500, sft=0))
+STEPS = dict(mohawk=dict(matrices=60, hidden=200, kl=5000, sft=0),
+             mambainllama=dict(kl=5000, sft=0))
 POSITIONS = 1024  # answer tokens whose logits are in memory at once: all would outweigh the rest
 MATRIX_LENGTH = 128  # tokens of a row in orientation: memory grows with its square
 START = dict.fromkeys(BUILT_IN, 0.15)  # a task's, see batches; others have none

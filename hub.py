@@ -302,7 +302,7 @@ def read_byte_bpe(path):
     """{pattern, ranks, special} of a tokenizer.json, if it is byte-level BPE as tiktoken does it.
 
     tiktoken joins the neighbours that make the token of the lowest id: merges must make all tokens,
-    in the order of their ids. (With ignore_merges both take a piece that is a token whole.)
+    in the order of their ids.
     """
     file = read_json(path)
     model, added, splits = file["model"], file["added_tokens"], file["pre_tokenizer"]

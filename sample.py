@@ -63,7 +63,7 @@ def uniforms(keys, steps):
 def nucleus(p, top_p, few=256):
     """p (B, V), in place: 0 but for the fewest likeliest tokens of mass top_p (Holtzman et al.
     2020), of equal ones the first. They are sought among the `few` likeliest, where those do not
-    suffice among more: to sort a vocabulary takes 20 times as long.
+    suffice among more: sorting all takes 20 times as long.
     """
     some = few < p.shape[1] and not p.is_cuda  # a recorded step can't look at what it found
     tokens = torch.arange(p.shape[1], device=p.device).expand_as(p)

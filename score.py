@@ -6,9 +6,6 @@
 
 Writes out/<name>/scores.jsonl, a record per completion, and scores.json, the settings. Rerunning
 goes on where a run stopped. torchrun shares the work.
-
-Reading is far cheaper than writing token by token: a slow teacher can judge what a fast student
-wrote.
 """
 import math
 import time
