@@ -391,7 +391,7 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     add = parser.group("what to sample")
     add("--model", nargs="+", help="folders of checkpoints; default: all under --out")
-    add_task_options(add, limit=72)
+    add_task_options(add, limit=200)
     add("--split", choices=["train", "test"], default="test", help="of the task")
     add("--seconds", type=number(0.1, 1e9, float),
         help="for each model; default: no limit with --num-samples, else 60")
