@@ -530,8 +530,8 @@ def parse_args(argv=None):
         help=f"of a stage or all; default, times --scale: {STEPS}")
     add("--scale", type=number(0, 1e6, float), default=1.0, help="of steps")
     add("--kl", choices=["forward", "reverse"], default="forward", help="which divergence")
-    add("--lr", type=number(1e-9, 100, float), help="at its peak; default: 5e-4 for arithmetic, "
-        "else 2e-3, less above a width of 64")
+    add("--lr", type=number(1e-9, 100, float), help="at its peak, twice for mixers; default: 5e-4 "
+        "for arithmetic, else 2e-3, less above width 64")
     add("--batch-tokens", type=number(1), help="a step, with padding; default: 768 for arithmetic, "
         "else 6144")
     add("--only-right", action="store_true", help="leave out solutions with a wrong answer")
