@@ -236,6 +236,14 @@ def test_only_matrices_decay_and_mixers_learn_faster(make_lm):
     assert sum(len(g["params"]) for g in make_optimizer(lm, 1e-3).param_groups) == len(found) - 1
 
 
+def test_new_mixers_are_stepped_at_twice_the_rate(command, monkeypatch):
+    rates = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: rates.append(
+        {group["pace"]: group["lr"] for group in self.param_groups}))
+    command("--lr", "1e-3")
+    assert len(rates) == 3 and all(0 < 2 * rate[1] == rate[2] for rate in rates)
+
+
 HERE = dict(device="cpu", dtype=None, accumulate=1, checkpoint_activations=False, compile=False,
             log_every=1, save_every=1)
 MIXED = [([1, 2, 3], [11, 12, 13, 14, 49]), ([4], [13, 49]), ([5, 6], [49]),
