@@ -240,7 +240,7 @@ def gradient(models, stage, batch, hardware):
 # recipe, mixer, layers that keep attention
 STUDENTS = dict(pure=("mohawk", "mamba2", ()), hybrid=("mambainllama", "mamba2", (1,)))
 # a recipe's stages and their steps
-STEPS = dict(mohawk=dict(matrices=60, hidden=200, kl=5000, sft=0),
+STEPS = dict(mohawk=dict(matrices=60, hidden=200, kl=5400, sft=0),
              mambainllama=dict(kl=5000, sft=0))
 POSITIONS = 1024  # answer tokens whose logits are in memory at once: all would outweigh the rest
 MATRIX_LENGTH = 128  # tokens of a row in orientation: memory grows with its square
